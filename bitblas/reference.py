@@ -1,0 +1,85 @@
+"""The meaning of every operator, in plain float64 torch: the oracle of all tests.
+
+Nothing here is fast, and nothing here shares code with the kernels beyond the formats' tables.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .config import MatmulConfig
+from .layouts import unpack_rows
+
+
+def decode_scale(config: MatmulConfig, scale: torch.Tensor) -> torch.Tensor:
+    """Scales (N, G) in any accepted dtype -> float64."""
+    encoding = config.format.scale_encoding
+    if encoding is not None and scale.dtype == torch.uint8:
+        scale = scale.view(config.scale_dtypes[0])
+    return scale.to(torch.float64)
+
+
+def dequantize(
+    config: MatmulConfig,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight (N, K) in float64 that uint8 codes (N, K) (dense: values) and extras stand for."""
+    weight = config.format.to_values(codes)
+    length = config.group_length
+
+    def per_value(x: torch.Tensor) -> torch.Tensor:  # (N, G) -> (N, K)
+        return x.repeat_interleave(length, dim=1)
+
+    zero: torch.Tensor | None = None
+    if zeros is not None:
+        if config.zeros_mode == "quantized":
+            zero = per_value(unpack_rows(zeros, config.bits, config.N).to(torch.float64).T)
+        else:
+            zero = per_value(zeros.to(torch.float64))
+    if zero is not None and config.zeros_mode != "rescale":
+        weight = weight - zero
+    if scale is not None:
+        weight = weight * per_value(decode_scale(config, scale))
+    if zero is not None and config.zeros_mode == "rescale":
+        weight = weight - zero
+    if global_scale is not None:
+        weight = weight * global_scale.to(torch.float64)
+    return weight
+
+
+def unpack_int4(A: torch.Tensor) -> torch.Tensor:
+    """int4 activations packed two per byte, low nibble first -> int8 values."""
+    low, high = (A << 4) >> 4, A >> 4
+    return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def pack_int4(A: torch.Tensor) -> torch.Tensor:
+    """int8 values in -8..7 [..., K] -> int4 activations [..., K/2]."""
+    pairs = A.unflatten(-1, (-1, 2))
+    return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
+
+
+def matmul(
+    config: MatmulConfig,
+    A: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product in float64, before conversion to out_dtype. A: (..., K), or as `layout` says."""
+    if config.layout in ("tn", "tt"):
+        A = A.transpose(-1, -2)
+    if config.A_dtype == "int4":
+        A = unpack_int4(A)
+    product = A.to(torch.float64) @ dequantize(config, codes, scale, zeros, global_scale).T
+    if input_scale is not None:
+        product = product * input_scale.to(torch.float64).reshape(*product.shape[:-1], 1)
+    if bias is not None:
+        product = product + bias.to(torch.float64)
+    return product
