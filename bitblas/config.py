@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -113,7 +113,9 @@ class MatmulConfig:
             self._set("M", DEFAULT_M)
         elif isinstance(self.M, (list, tuple)):
             if not self.M:
-                raise ValueError("M: got an empty list; give positive integers, or None for the default")
+                raise ValueError(
+                    "M: got an empty list; give positive integers, or None for the default"
+                )
             self._set("M", tuple(sorted({_positive_int("M", m) for m in self.M})))
         else:
             self._set("M", _positive_int("M", self.M))
@@ -138,22 +140,27 @@ class MatmulConfig:
         valid = weight_dtypes(self.A_dtype)
         if self.W_dtype not in valid:
             raise ValueError(
-                f"W_dtype: {self.W_dtype!r} does not go with A_dtype {self.A_dtype!r}; valid: {', '.join(valid)}"
+                f"W_dtype: {self.W_dtype!r} does not go with A_dtype {self.A_dtype!r}; valid: "
+                f"{', '.join(valid)}"
             )
         integer_product = self.A_dtype in INTEGER_ACTIVATIONS
         if self.out_dtype in ("int32", "int8") and not integer_product:
             raise ValueError(
-                f"out_dtype: {self.out_dtype!r} needs integer activations, A_dtype is {self.A_dtype!r}; "
+                f"out_dtype: {self.out_dtype!r} needs integer activations, A_dtype is "
+                f"{self.A_dtype!r}; "
                 f"valid: {', '.join(FLOAT_ACTIVATIONS)}"
             )
         fmt = self.format
         if fmt.scale_encoding is not None:
             self._set("with_scaling", True)  # the scales are part of the format
         if self.with_zeros and not fmt.is_integer:
-            raise ValueError(f"with_zeros: zero points go with integer formats only, W_dtype is {self.W_dtype!r}")
+            raise ValueError(
+                f"with_zeros: zero points go with integer formats only, W_dtype is {self.W_dtype!r}"
+            )
         if self.A_dtype == "int4" and (self.K % 2 or self.layout in ("tn", "tt")):
             raise ValueError(
-                f"K: int4 activations are packed two per byte along K, so K must be even and layout "
+                "K: int4 activations are packed two per byte along K, so K must be even and "
+                "layout "
                 f"'nt' or 'nn'; got K={self.K}, layout {self.layout!r}"
             )
 
@@ -161,7 +168,10 @@ class MatmulConfig:
         fixed = self.format.fixed_group_size
         size = -1 if self.group_size is None else self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
-            raise ValueError(f"group_size: got {self.group_size!r}, expected -1 or a positive divisor of K={self.K}")
+            raise ValueError(
+                f"group_size: got {self.group_size!r}, expected -1 or a positive divisor of "
+                f"K={self.K}"
+            )
         if fixed is not None:
             if size not in (-1, fixed):
                 raise ValueError(f"group_size: {self.W_dtype} has groups of {fixed}, got {size}")
@@ -175,13 +185,17 @@ class MatmulConfig:
         if self.fast_decoding is None:
             self._set("fast_decoding", self._original_fast_decoding())
         elif self.fast_decoding not in (True, False):
-            raise TypeError(f"fast_decoding: got {self.fast_decoding!r}, expected True, False or None")
+            raise TypeError(
+                f"fast_decoding: got {self.fast_decoding!r}, expected True, False or None"
+            )
         for field in ("propagate_a", "propagate_b"):
             value = getattr(self, field)
             try:
                 self._set(field, TransformKind(int(value or 0)))
             except (TypeError, ValueError):
-                raise ValueError(f"{field}: got {value!r}, expected a TransformKind, 0..3 or a bool") from None
+                raise ValueError(
+                    f"{field}: got {value!r}, expected a TransformKind, 0..3 or a bool"
+                ) from None
         try:
             self._set("optimize_stratety", OptimizeStrategy(self.optimize_stratety))
         except ValueError:
@@ -234,7 +248,7 @@ class MatmulConfig:
 
     @cached_property
     def scale_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes that scale (and unpacked zeros) may have; the first is what Linear allocates."""
+        """The dtypes of scale and unpacked zeros; the first is what Linear allocates."""
         if self.format.scale_encoding is not None:
             return (SCALE_BYTES[self.format.scale_encoding], torch.uint8)
         if self.A_dtype in FLOAT_ACTIVATIONS:
@@ -257,8 +271,25 @@ class MatmulConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(MatmulConfig)}
         return json.dumps(fields, separators=(",", ":"))
 
+    @cached_property
+    def problem_key(self) -> str:
+        """The fields that decide which kernel is fastest, as JSON: what tuning is kept by."""
+        names = (
+            "N",
+            "K",
+            "A_dtype",
+            "W_dtype",
+            "out_dtype",
+            "group_size",
+            "with_bias",
+            "with_scaling",
+        )
+        fields = {name: getattr(self, name) for name in names}
+        fields["zeros_mode"] = self.zeros_mode if self.with_zeros else None
+        return json.dumps(fields, separators=(",", ":"))
+
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def from_key(key: str) -> MatmulConfig:
         """The config that `key` describes."""
         return MatmulConfig(**json.loads(key))

@@ -179,7 +179,9 @@ class Fragment:
             chunks = self.block_k(bits) * width // 256
             source = words[:, :, chunk : chunk + chunks]
             source = source.reshape(tiles_n, tiles_k * chunks, 4, 8, 4, 4)
-            split = torch.empty((*source.shape, slots, per_register), dtype=torch.uint8, device=packed.device)
+            split = torch.empty(
+                (*source.shape, slots, per_register), dtype=torch.uint8, device=packed.device
+            )
             for slot in range(slots):
                 for h in range(per_register):
                     shift = h * self.element_bits + width * slot
@@ -267,14 +269,19 @@ def slot_order(bits: int, activation_bits: int) -> tuple[int, ...]:
     try:
         return _SLOT_ORDERS[activation_bits == 8, bits]
     except KeyError:
-        raise ValueError(f"bits: the interleaved layout exists for 1, 2 and 4 bits, got {bits}") from None
+        raise ValueError(
+            f"bits: the interleaved layout exists for 1, 2 and 4 bits, got {bits}"
+        ) from None
 
 
 def interleave(codes: torch.Tensor, bits: int, activation_bits: int) -> torch.Tensor:
     """Permute codes [..., K] so that packing them gives BitBLAS 0.1's fast-decoding words."""
     order = slot_order(bits, activation_bits)
     if codes.shape[-1] % len(order):
-        raise ValueError(f"K: interleaving {bits}-bit weights needs a multiple of {len(order)}, got {codes.shape[-1]}")
+        raise ValueError(
+            f"K: interleaving {bits}-bit weights needs a multiple of {len(order)}, got "
+            f"{codes.shape[-1]}"
+        )
     return codes.unflatten(-1, (-1, len(order)))[..., list(order)].flatten(-2)
 
 
@@ -285,7 +292,9 @@ def deinterleave(codes: torch.Tensor, bits: int, activation_bits: int) -> torch.
     return codes.unflatten(-1, (-1, len(order)))[..., inverse].flatten(-2)
 
 
-def export_original(codes: torch.Tensor, bits: int, activation_bits: int, fast_decoding: bool) -> torch.Tensor:
+def export_original(
+    codes: torch.Tensor, bits: int, activation_bits: int, fast_decoding: bool
+) -> torch.Tensor:
     """uint8 codes [N, K] -> the packed int8 [N, K*b/8] that BitBLAS 0.1 reads."""
     return pack_rows(interleave(codes, bits, activation_bits) if fast_decoding else codes, bits)
 

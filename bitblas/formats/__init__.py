@@ -5,7 +5,16 @@ from __future__ import annotations
 from . import codebook, dense, integer, minifloat
 from .base import Affine, Decoder, MiniFloat, Table, WeightFormat
 
-__all__ = ["FORMATS", "Affine", "Decoder", "MiniFloat", "Table", "WeightFormat", "get_format", "register"]
+__all__ = [
+    "FORMATS",
+    "Affine",
+    "Decoder",
+    "MiniFloat",
+    "Table",
+    "WeightFormat",
+    "get_format",
+    "register",
+]
 
 FORMATS: dict[str, WeightFormat] = {}
 
@@ -28,4 +37,6 @@ def get_format(name: str) -> WeightFormat:
     try:
         return FORMATS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"W_dtype: unknown weight format {name!r}; known: {', '.join(FORMATS)}") from None
+        raise ValueError(
+            f"W_dtype: unknown weight format {name!r}; known: {', '.join(FORMATS)}"
+        ) from None

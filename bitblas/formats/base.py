@@ -65,7 +65,9 @@ class Table:
 
     def values(self, bits: int) -> list[float]:
         if len(self.entries) != 1 << bits:
-            raise ValueError(f"a {bits}-bit table needs {1 << bits} entries, got {len(self.entries)}")
+            raise ValueError(
+                f"a {bits}-bit table needs {1 << bits} entries, got {len(self.entries)}"
+            )
         return list(self.entries)
 
 

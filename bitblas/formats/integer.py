@@ -1,4 +1,4 @@
-"""Integer formats: uint1..uint8, and signed ones stored in offset binary (int8: two's complement)."""
+"""Integer formats: unsigned, and signed ones in offset binary (int8: two's complement)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class _Integer(WeightFormat):
         check_range(weight, int(min(values)), int(max(values)), self.name, "values")
         affine = self.decoder
         assert isinstance(affine, Affine)
-        return ((weight.to(torch.int16) - affine.offset) // affine.step ^ affine.flip).to(torch.uint8)
+        return ((weight.to(torch.int16) - affine.offset) // affine.step ^ affine.flip).to(
+            torch.uint8
+        )
 
 
 class _Unsigned(_Integer):

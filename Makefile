@@ -1,0 +1,49 @@
+# make demo   set up, then run the library on real input (GPU if there is one, else CPU)
+# make test   set up, then lint, type-check and run every test
+# make check  the same tests in the current Python environment, without setting anything up
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# what the library is tested with; any index options go here too, e.g.
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# for a torch that brings no Triton (CPU builds); kernels compile and are interpreted without a GPU
+TRITON ?= triton==3.6.0
+
+.PHONY: demo test check lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/quickstart.py
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/minilm.py
+
+test: $(VENV)/.test
+	$(MAKE) check PYTHON=$(BIN)/python
+
+check: lint
+	$(PYTHON) -m pytest
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/cpu.py
+
+$(VENV)/.torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,220 @@
+"""The registered torch operators: bitblas::matmul, matmul_out and dequantize.
+
+They are what torch.compile, CUDA graphs and autograd see; a call checks its operands here, whoever
+makes it, and carries the config as a string.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import plan
+from .config import FLOAT_ACTIVATIONS, MatmulConfig
+from .layouts import convert, layout_of
+from .log import logger
+from .operands import check_call, check_output, check_weight, native_layout
+
+Optional = torch.Tensor | None
+
+_EXTRAS = "Tensor? scale, Tensor? zeros, Tensor? bias, Tensor? input_scale, Tensor? global_scale"
+_library = torch.library.Library("bitblas", "DEF")
+_library.define(f"matmul(Tensor A, Tensor W, {_EXTRAS}, str config) -> Tensor")
+_library.define(f"matmul_out(Tensor A, Tensor W, {_EXTRAS}, str config, Tensor(a!) out) -> ()")
+_library.define(
+    "dequantize(Tensor W, Tensor? scale, Tensor? zeros, Tensor? global_scale, str config) -> Tensor"
+)
+
+
+def _backend(device: torch.device) -> ModuleType:
+    """The module whose `matmul` and `dequantize` serve a device."""
+    if device.type == "cpu":
+        from . import cpu
+
+        return cpu
+    if device.type == "cuda":
+        from .kernels import portable
+
+        return portable
+    raise ValueError(f"A: is on {device}, expected a CPU or CUDA device")
+
+
+def _contiguous(x: Optional) -> Optional:
+    return None if x is None else x.contiguous()
+
+
+def _native_weight(config: MatmulConfig, W: torch.Tensor) -> torch.Tensor:
+    """W as int8 words in the layout that its device's backend reads."""
+    W = W.contiguous().view(torch.int8)
+    layout = native_layout(config, W.device.type)
+    if layout_of(W) is not layout:
+        logger.warning(
+            "W is in the %s layout and is converted to %s on every call; pack it for the "
+            "device it is used on",
+            layout_of(W).name,
+            layout.name,
+        )
+        W = convert(W, config.bits, config.N, config.K, layout)
+    return W
+
+
+def _dense_weight(config: MatmulConfig, W: torch.Tensor, scale: Optional) -> torch.Tensor:
+    """The dense weight as (N, K), scaled in float32 where it has scales."""
+    if config.layout[1] == "n":
+        W = W.T
+    if scale is not None:
+        W = W.float() * scale.float().repeat_interleave(config.group_length, dim=1)
+    return W
+
+
+def dense_product(
+    config: MatmulConfig, A: torch.Tensor, W: torch.Tensor, scale: Optional, bias: Optional
+) -> torch.Tensor:
+    """torch's own product, in the operands' common dtype."""
+    W, out_dtype = _dense_weight(config, W, scale), config.torch_out_dtype
+    if A.dtype != W.dtype or (out_dtype == torch.float32 and A.dtype != torch.float32):
+        A, W = A.float(), W.float()  # no 16-bit rounding, or overflow, of a wider result
+    product = torch.matmul(A, W.T)
+    if bias is not None:
+        product = product + bias
+    return product.to(out_dtype)
+
+
+def _rows(
+    A: torch.Tensor, W: torch.Tensor, extras: tuple[Optional, ...], key: str, out: Optional
+) -> torch.Tensor:
+    """The product of checked operands, into `out` or a new tensor."""
+    config = MatmulConfig.from_key(key)
+    check_call(config, A, W, *extras)
+    shape = (*A.shape[:-1], config.N)
+    if out is not None:
+        check_output(config, out, shape, A.device)
+    scale, zeros, bias, input_scale, global_scale = extras
+    if config.is_dense:
+        product = dense_product(config, A, W, scale, bias)
+        return product if out is None else out.copy_(product)
+    into = (
+        out
+        if out is not None and out.is_contiguous()
+        else A.new_empty(shape, dtype=config.torch_out_dtype)
+    )
+    rows = A.reshape(-1, A.shape[-1]).contiguous()
+    if rows.shape[0]:
+        backend = _backend(A.device)
+        backend.matmul(
+            config,
+            rows,
+            _native_weight(config, W),
+            into.view(-1, config.N),
+            scale=_contiguous(scale),
+            zeros=_contiguous(zeros),
+            bias=_contiguous(bias),
+            input_scale=None if input_scale is None else input_scale.reshape(-1).contiguous(),
+            global_scale=global_scale,
+            **plan.pick(config, rows.shape[0], A.device),
+        )
+    if out is not None and into is not out:
+        out.copy_(into)
+    return into
+
+
+def _matmul(
+    A: torch.Tensor,
+    W: torch.Tensor,
+    scale: Optional,
+    zeros: Optional,
+    bias: Optional,
+    input_scale: Optional,
+    global_scale: Optional,
+    config: str,
+) -> torch.Tensor:
+    return _rows(A, W, (scale, zeros, bias, input_scale, global_scale), config, None)
+
+
+def _matmul_out(
+    A: torch.Tensor,
+    W: torch.Tensor,
+    scale: Optional,
+    zeros: Optional,
+    bias: Optional,
+    input_scale: Optional,
+    global_scale: Optional,
+    config: str,
+    out: torch.Tensor,
+) -> None:
+    _rows(A, W, (scale, zeros, bias, input_scale, global_scale), config, out)
+
+
+def _dequantize(
+    W: torch.Tensor, scale: Optional, zeros: Optional, global_scale: Optional, config: str
+) -> torch.Tensor:
+    """The weight (N, K) in A_dtype, for floating activations."""
+    cfg = MatmulConfig.from_key(config)
+    if cfg.A_dtype not in FLOAT_ACTIVATIONS:
+        raise ValueError(
+            f"A_dtype: got {cfg.A_dtype!r}, dequantize needs one of {', '.join(FLOAT_ACTIVATIONS)}"
+        )
+    check_weight(cfg, W)
+    if cfg.is_dense:
+        return _dense_weight(cfg, W, scale).to(cfg.torch_A_dtype, copy=True)
+    out = torch.empty((cfg.N, cfg.K), dtype=cfg.torch_A_dtype, device=W.device)
+    _backend(W.device).dequantize(
+        cfg,
+        _native_weight(cfg, W),
+        out,
+        scale=_contiguous(scale),
+        zeros=_contiguous(zeros),
+        global_scale=global_scale,
+    )
+    return out
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("matmul", _matmul, _key)
+    _library.impl("matmul_out", _matmul_out, _key)
+    _library.impl("dequantize", _dequantize, _key)
+
+
+@torch.library.register_fake("bitblas::matmul", lib=_library)
+def _(A, W, scale, zeros, bias, input_scale, global_scale, config):  # type: ignore[no-untyped-def]
+    cfg = MatmulConfig.from_key(config)
+    check_call(cfg, A, W, scale, zeros, bias, input_scale, global_scale)
+    return A.new_empty((*A.shape[:-1], cfg.N), dtype=cfg.torch_out_dtype)
+
+
+@torch.library.register_fake("bitblas::matmul_out", lib=_library)
+def _(A, W, scale, zeros, bias, input_scale, global_scale, config, out):  # type: ignore[no-untyped-def]
+    cfg = MatmulConfig.from_key(config)
+    check_call(cfg, A, W, scale, zeros, bias, input_scale, global_scale)
+    check_output(cfg, out, (*A.shape[:-1], cfg.N), A.device)
+
+
+@torch.library.register_fake("bitblas::dequantize", lib=_library)
+def _(W, scale, zeros, global_scale, config):  # type: ignore[no-untyped-def]
+    cfg = MatmulConfig.from_key(config)
+    return W.new_empty((cfg.N, cfg.K), dtype=cfg.torch_A_dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, W, scale, zeros, bias, input_scale, global_scale, ctx.config = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(W, scale, zeros, input_scale, global_scale)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional | None, ...]:
+    """Gradients of A and bias; weights are frozen."""
+    W, scale, zeros, _, global_scale = ctx.saved_tensors
+    grad_A = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.bitblas.dequantize(W, scale, zeros, global_scale, ctx.config)
+        grad_A = grad.to(weight.dtype) @ weight
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))).to(ctx.bias_dtype)
+    return grad_A, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd(
+    "bitblas::matmul", _backward, setup_context=_save_for_backward, lib=_library
+)
