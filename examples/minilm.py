@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 import bitblas
 
@@ -22,17 +23,19 @@ SENTENCES = [
     "The cat sleeps on the warm window sill.",
     "A kitten is napping by the window.",
     "Quarterly revenue rose by eleven percent.",
-    "The company's sales grew strongly this quarter.",
-    "Mix the flour, sugar and eggs, then bake for forty minutes.",
-    "The telescope photographed a galaxy ten billion light years away.",
+    "The company's sales and profit grew strongly this quarter.",
+    "Mix the flour, sugar and eggs, then bake the cake for forty minutes.",
+    "Whisk butter and sugar to make the icing for a cake.",
+    "The space telescope photographed a galaxy ten billion light years away.",
     "Astronomers observed a very distant galaxy.",
-    "The train to Lisbon leaves from platform nine.",
+    "The train to Lisbon leaves from platform nine at noon.",
+    "Passengers should be on the platform before the train departs.",
 ]
 QUERIES = [
-    "How do I make a cake?",
-    "news about space",
-    "when does my train leave?",
-    "company earnings",
+    "recipe for baking a cake",
+    "a galaxy far away seen through a telescope",
+    "Which platform does the Lisbon train leave from?",
+    "growth of sales and profit",
 ]
 
 
@@ -78,6 +81,7 @@ def milliseconds_per_sentence(model: SentenceTransformer) -> float:
 
 
 def main() -> int:
+    transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original, quantized = load(device), load(device)
     replaced = quantize(quantized)
@@ -101,7 +105,7 @@ def main() -> int:
             ranks.append(scores.argsort(descending=True)[:2].tolist())
         same &= ranks[0] == ranks[1]
         print(
-            f"  {query:28} -> {SENTENCES[ranks[1][0]]}  "
+            f"  {query:50} -> {SENTENCES[ranks[1][0]]}  "
             f"({'same' if ranks[0] == ranks[1] else 'differs'})"
         )
 

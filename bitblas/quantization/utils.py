@@ -37,8 +37,11 @@ def general_compress(
     """Pack codes of `source_bits` bits along the last axis, lowest bits first.
 
     A numpy array (..., L) -> (..., L * bits / (8 * itemsize)) of storage_dtype; a torch tensor
-    gives an int8 tensor. ValueError where the packed row does not fill whole storage elements.
+    gives an int8 tensor. ValueError where the packed row does not fill whole storage elements or
+    for bits other than 1 to 8, TypeError for codes that are not integers.
     """
+    if source_bits not in range(1, 9):
+        raise ValueError(f"source_bits: got {source_bits!r}, expected 1 to 8")
     if isinstance(lowprecision_weight, torch.Tensor):
         return pack_rows(_codes(lowprecision_weight, source_bits), source_bits)
     codes = _codes(torch.from_numpy(np.ascontiguousarray(lowprecision_weight)), source_bits)
@@ -71,4 +74,6 @@ def interleave_weight(qweight: Any, nbits: int = 4, target_dtype: str = "float16
 
 
 def _codes(x: torch.Tensor, bits: int) -> torch.Tensor:
+    if x.is_floating_point() or x.is_complex():
+        raise TypeError(f"lowprecision_weight: got {x.dtype}, expected codes in an integer dtype")
     return (x.to(torch.int64) & ((1 << bits) - 1)).to(torch.uint8)
