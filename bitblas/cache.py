@@ -85,6 +85,10 @@ def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 def write_entry(folder: Path, config: MatmulConfig, choices: Choices) -> Path:
     """Write one entry atomically; many processes may write at once, the last one wins."""
     body = {
@@ -93,7 +97,7 @@ def write_entry(folder: Path, config: MatmulConfig, choices: Choices) -> Path:
         "choices": {str(m): choice for m, choice in sorted(choices.items())},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(config.problem_key.encode()).hexdigest()[:32]}.json"
+    path = folder / f"{_digest(config.problem_key)}-{_digest(config.key)}.json"
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
@@ -116,7 +120,7 @@ def read_entry(path: Path) -> tuple[MatmulConfig, Choices] | None:
         return MatmulConfig(**entry["config"]), choices
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
         logger.warning("skipped the corrupt database entry %s: %s", path, error)
         return None
 
@@ -125,9 +129,12 @@ def recorded_choices(config: MatmulConfig, device: str) -> Choices:
     """The kernel choices known for a config on a device: from this process, else the database."""
     key = (config.problem_key, device)
     if key not in _choices:
-        name = f"{hashlib.sha256(config.problem_key.encode()).hexdigest()[:32]}.json"
-        entry = read_entry(_folder(get_database_path(), device) / name)
-        _choices[key] = entry[1] if entry else {}
+        known: Choices = {}
+        folder = _folder(get_database_path(), device)
+        for path in sorted(folder.glob(f"{_digest(config.problem_key)}-*.json")):
+            if entry := read_entry(path):
+                known.update(entry[1])
+        _choices[key] = known
     return _choices[key]
 
 
@@ -183,7 +190,7 @@ class OperatorCache:
             if entry is None:
                 continue
             config, choices = entry
-            _choices[config.problem_key, device] = choices
+            _choices.setdefault((config.problem_key, device), {}).update(choices)
             if not self.exists(config):
                 self.add(config, Matmul(config, target=target, enable_tuning=False))
 

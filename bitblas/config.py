@@ -123,7 +123,7 @@ class MatmulConfig:
     def _check_names(self) -> None:
         for flag in ("with_bias", "with_scaling", "with_zeros"):
             value = getattr(self, flag)
-            if value is not None and value not in (True, False):
+            if isinstance(value, torch.Tensor) or value not in (None, True, False):
                 raise TypeError(f"{flag}: got {value!r}, expected True or False")
             self._set(flag, bool(value))
         if self.zeros_mode is None:
@@ -167,6 +167,8 @@ class MatmulConfig:
     def _check_group(self) -> None:
         fixed = self.format.fixed_group_size
         size = -1 if self.group_size is None else self.group_size
+        if hasattr(size, "__index__") and not isinstance(size, bool):
+            size = size.__index__()  # numpy's integers
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
             raise ValueError(
                 f"group_size: got {self.group_size!r}, expected -1 or a positive divisor of "

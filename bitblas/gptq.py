@@ -74,6 +74,8 @@ def read_gptq(
         codes = codes.index_select(1, perm)
     zeros = None
     if (qzeros := getattr(layer, "qzeros", None)) is not None:
+        if qzeros.dtype != torch.int32:
+            raise ValueError(f"qzeros: got {qzeros.dtype}, expected torch.int32")
         points = unpack_zeros(qzeros.to(codes.device), config.bits).view(torch.uint8)
         zeros = _zeros(config, points, scales)
     elif config.with_zeros:
@@ -103,6 +105,10 @@ def _group_order(config: MatmulConfig, g_idx: torch.Tensor | None) -> torch.Tens
         return None
     if g_idx.numel() != config.K:
         raise ValueError(f"g_idx: got {g_idx.numel()} entries, expected K={config.K}")
+    if bool((g_idx < 0).any()):
+        raise ValueError(
+            f"g_idx: got {int(g_idx.min())}, expected groups 0..{config.num_groups - 1}"
+        )
     counts = torch.bincount(g_idx.long().cpu(), minlength=config.num_groups)
     if counts.numel() != config.num_groups or bool((counts != config.group_length).any()):
         raise ValueError(

@@ -50,6 +50,16 @@ def _to_bytes(words: torch.Tensor) -> torch.Tensor:
     return words.contiguous().view(torch.int8)
 
 
+def _to_words(packed: torch.Tensor) -> torch.Tensor:
+    return aligned(packed).view(torch.int32)
+
+
+def aligned(packed: torch.Tensor) -> torch.Tensor:
+    """The same bytes, contiguous and at an address that any vector load may read."""
+    packed = packed.contiguous()
+    return packed.clone() if packed.storage_offset() * packed.itemsize % 16 else packed
+
+
 class Plain:
     """Rows along K, lowest bits first: code k of a row fills bits k*b .. k*b+b-1 of its bytes."""
 
@@ -92,7 +102,7 @@ class Row16:
 
     def unpack(self, packed: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor:
         rows, k32 = packed.shape[0] * 16, packed.shape[1] // bits
-        words = packed.contiguous().view(torch.int32).view(rows // 16, k32, bits, 16)
+        words = _to_words(packed).view(rows // 16, k32, bits, 16)
         codes = torch.zeros((rows, k32 * 32), dtype=torch.uint8, device=packed.device)
         word = 0
         for width, first in planes(bits):
@@ -170,7 +180,7 @@ class Fragment:
 
     def unpack(self, packed: torch.Tensor, bits: int, n: int, k: int) -> torch.Tensor:
         tiles_n, tiles_k = packed.shape[:2]
-        words = packed.contiguous().view(torch.int32).view(tiles_n, tiles_k, -1, 4, 8, 4, 4)
+        words = _to_words(packed).view(tiles_n, tiles_k, -1, 4, 8, 4, 4)
         shape = (tiles_n * 64, tiles_k * self.block_k(bits))
         codes = torch.zeros(shape, dtype=torch.uint8, device=packed.device)
         per_register, chunk = 32 // self.element_bits, 0

@@ -60,14 +60,14 @@ class Linear(nn.Module):
         with_scaling: bool | None = None,
         with_zeros: bool = False,
         zeros_mode: str | None = None,
-        opt_M: int | Sequence[int] = (1, 16, 32, 64, 128, 256, 512),
+        opt_M: int | Sequence[int] | None = (1, 16, 32, 64, 128, 256, 512),
         enable_tuning: bool = True,
         fast_decoding: bool | None = None,
         propagate_b: bool = False,
     ) -> None:
         super().__init__()
         config = MatmulConfig(
-            M=opt_M if isinstance(opt_M, int) else tuple(opt_M),
+            M=opt_M if opt_M is None or isinstance(opt_M, int) else tuple(opt_M),
             N=out_features,
             K=in_features,
             A_dtype=A_dtype,
@@ -103,12 +103,16 @@ class Linear(nn.Module):
             self.register_buffer("qweight", torch.zeros(shape, dtype=torch.int8))
             self.register_buffer("weight_format", self._format_tag())
         self.register_buffer("perm", None)
-        scale = torch.zeros((config.N, config.num_groups), dtype=config.scale_dtypes[0])
+        # encoded scales are kept as bytes: safetensors reads no e8m0, pickle no 8-bit float
+        encoded = config.format.scale_encoding is not None
+        dtype = torch.uint8 if encoded else config.scale_dtypes[0]
+        scale = torch.zeros((config.N, config.num_groups), dtype=dtype)
         self.register_buffer("scales", scale if config.with_scaling else None)
         zeros = torch.zeros(config.zeros_shape, dtype=config.zeros_dtypes[0])
         self.register_buffer("zeros", zeros if config.with_zeros else None)
         self.register_buffer(
-            "global_scale", torch.ones(1) if config.format.has_global_scale else None
+            "global_scale",
+            torch.ones(1, dtype=torch.float32) if config.format.has_global_scale else None,
         )
         bias = torch.zeros(config.N, dtype=config.torch_out_dtype)
         self.register_buffer("bias", bias if config.with_bias else None)
@@ -219,11 +223,11 @@ class Linear(nn.Module):
         )
         self.perm = None
         if config.is_dense:
-            self.weight = codes.to(device)
+            self.weight = _own(codes, device)
         else:
             layout = native_layout(config, device.type)
             self.qweight = layout.pack(codes.to(device).contiguous(), config.bits)
-            self.weight_format = self._format_tag().to(device)
+            self.weight_format = self._format_tag(device)
         for name, x in cast.items():
             if x is not None:
                 setattr(self, name, x)
@@ -241,9 +245,16 @@ class Linear(nn.Module):
             and x.is_floating_point()
             and buffer.is_floating_point()
         ):
-            if buffer.dtype.itemsize > 1:  # encoded scales are bytes, not numbers to round
-                x = x.to(buffer.dtype)
-        return x.detach().to(device).contiguous()
+            rounded = x.to(buffer.dtype)
+            if x.device.type != "meta" and bool((x.isfinite() & ~rounded.isfinite()).any()):
+                raise ValueError(f"{name}: has values beyond the range of {buffer.dtype}")
+            x = rounded
+        return _own(self._scale_bytes(x) if name == "scales" else x, device)
+
+    def _scale_bytes(self, scales: torch.Tensor) -> torch.Tensor:
+        """Encoded scales as the buffer holds them; others as they are."""
+        encoded = self.config.format.scale_encoding is not None
+        return scales.view(torch.uint8) if encoded and scales.itemsize == 1 else scales
 
     def _device(self) -> torch.device:
         return (self.weight if self.config.is_dense else self.qweight).device
@@ -338,7 +349,7 @@ class Linear(nn.Module):
                 self.bias = self.bias.to(config.torch_out_dtype)
         if not config.is_dense:
             self.qweight = self._native(self.qweight, self.qweight.device)
-            self.weight_format = self._format_tag().to(self.qweight.device)
+            self.weight_format = self._format_tag(self.qweight.device)
         return self
 
     _operand_names = (
@@ -371,13 +382,17 @@ class Linear(nn.Module):
 
     # checkpoints
 
-    def _format_tag(self) -> torch.Tensor:
-        """What the bytes of a checkpoint mean, as ASCII in a uint8 tensor."""
+    def _format_text(self) -> str:
+        """What the bytes of a checkpoint mean."""
         config = self.config
         zeros = config.zeros_mode if config.with_zeros else "none"
         text = f"bitblas layout {LAYOUT_VERSION}: {config.W_dtype}, group {config.group_length}"
-        text += f", zeros {zeros}"
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return text + f", zeros {zeros}"
+
+    def _format_tag(self, device: torch.device | None = None) -> torch.Tensor:
+        """_format_text as ASCII in a uint8 tensor (None: on the default device)."""
+        text = list(self._format_text().encode())
+        return torch.tensor(text, dtype=torch.uint8, device=device)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -399,19 +414,18 @@ class Linear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if not self.config.is_dense and prefix + "qweight" in state_dict:
-            error = self._adopt(
-                state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers"))
-            )
-            if error:
+            assign = bool(local_metadata.get("assign_to_params_buffers"))
+            if error := self._refusal(state_dict, prefix, assign):
                 error_msgs.append(f"{prefix.rstrip('.') or 'Linear'}: {error}")
                 return
+            self._adopt(state_dict, prefix, assign)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
-        """Check a checkpoint's entries and bring them into this module's form; an error or None."""
-        tag, expected = state_dict.get(prefix + "weight_format"), self._format_tag()
+    def _refusal(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
+        """Why a checkpoint's entries are not this module's, or None where they are."""
+        tag, wanted = state_dict.get(prefix + "weight_format"), self._format_text()
         if tag is None:
             return (
                 "the checkpoint has no `weight_format`, so its packed bytes are of another library "
@@ -419,8 +433,9 @@ class Linear(nn.Module):
                 "Linear.load_original_state_dict; from any other, unpack the weight and call "
                 "load_and_transform_weight"
             )
+        if tag.dtype != torch.uint8 or tag.dim() != 1:
+            return f"weight_format: got shape {tuple(tag.shape)} {tag.dtype}, expected uint8 text"
         found = bytes(tag.tolist()).decode(errors="replace")
-        wanted = bytes(expected.tolist()).decode()
         if found != wanted:
             return (
                 f"the checkpoint holds {found!r}, this module is {wanted!r}. Build the module with "
@@ -429,23 +444,41 @@ class Linear(nn.Module):
         config, packed = self.config, state_dict[prefix + "qweight"]
         try:
             layout = layout_of(packed)
+            if packed.dtype != torch.int8:
+                raise ValueError(f"qweight: got {packed.dtype}, expected torch.int8")
             if tuple(packed.shape) != layout.shape(config.bits, config.N, config.K):
                 raise ValueError(
                     f"qweight: got shape {tuple(packed.shape)} in the {layout.name} layout"
                 )
         except ValueError as error:
             return f"{error}; this module has N={config.N}, K={config.K}"
-        device = packed.device if assign else self.qweight.device
-        if device.type == "meta":
-            return None
-        state_dict[prefix + "qweight"] = self._native(packed, device)
+        scales, valid = state_dict.get(prefix + "scales"), config.scale_dtypes
+        encoded = config.format.scale_encoding is not None  # bytes, not numbers to round
+        if encoded and scales is not None and scales.dtype not in valid:
+            return f"scales: got {scales.dtype}, expected {' or '.join(map(str, valid))}"
+        if scales is not None:
+            state_dict[prefix + "scales"] = self._scale_bytes(scales)
         perm = state_dict.get(prefix + "perm")
+        if perm is not None and perm.device.type != "meta":
+            if sorted(perm.flatten().tolist()) != list(range(config.K)):
+                return f"perm: not a permutation of 0..{config.K - 1}"
+        if self.qweight.device.type == "meta" and not assign:
+            return "this module is on the meta device; load with assign=True, or after to_empty"
+        return None
+
+    def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
+        """Bring a checkpoint's entries and this module's buffers into the same form."""
+        packed, perm = state_dict[prefix + "qweight"], state_dict.get(prefix + "perm")
+        device = packed.device if assign else self.qweight.device
+        native = state_dict[prefix + "qweight"] = self._native(packed, device)
+        if assign:  # the buffer that is replaced has the shape of another device's layout
+            self.qweight = torch.empty_like(native, device="meta")
         self.perm = None if perm is None else torch.empty_like(perm, device=device)
-        for name, valid in (("scales", config.scale_dtypes), ("zeros", config.zeros_dtypes)):
+        dtypes = {"scales": self.config.scale_dtypes, "zeros": self.config.zeros_dtypes}
+        for name, valid in dtypes.items():
             buffer, incoming = getattr(self, name), state_dict.get(prefix + name)
             if buffer is not None and incoming is not None and incoming.dtype in valid:
                 setattr(self, name, buffer.to(incoming.dtype))
-        return None
 
     def load_original_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Load a state_dict of BitBLAS 0.1's Linear of the same configuration.
@@ -474,3 +507,8 @@ class Linear(nn.Module):
         self.load_and_transform_weight(
             values, state_dict.get("scales"), state_dict.get("zeros"), state_dict.get("bias")
         )
+
+
+def _own(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A contiguous copy on `device`, no parameter and with no graph behind it."""
+    return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)

@@ -15,8 +15,8 @@ from .config import STORAGE_DTYPES, MatmulConfig, MatmulConfigWithSplitK
 from .formats import FORMATS
 from .layouts import layout_of
 from .operands import (
-    check_call,
     check_extras,
+    check_tensor,
     check_weight,
     dense_weight_shape,
     input_features,
@@ -151,6 +151,7 @@ class Matmul(Operator):
         Raises ValueError for a wrong shape or a value that the format cannot hold.
         """
         given = {"scale": scale, "zeros": zeros, "bias": bias, "global_scale": global_scale}
+        check_tensor("weight", weight)
         if any(x is not None for x in given.values()):
             check_extras(self.config, weight.device, **given, partial=True)
         if self.config.is_dense:
@@ -159,8 +160,7 @@ class Matmul(Operator):
 
     def weight_codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Logical values, as transform_weight takes them -> uint8 codes (N, K) (dense: values)."""
-        if not isinstance(weight, torch.Tensor):
-            raise TypeError(f"weight: got {type(weight).__name__}, expected a tensor")
+        check_tensor("weight", weight)
         expected = dense_weight_shape(self.config)
         if tuple(weight.shape) != expected:
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {expected}")
@@ -179,8 +179,7 @@ class Matmul(Operator):
         return None if self.config.is_dense else self._transform_codes
 
     def _transform_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        if not isinstance(codes, torch.Tensor):
-            raise TypeError(f"weight: got {type(codes).__name__}, expected a tensor of codes")
+        check_tensor("weight", codes)
         if tuple(codes.shape) != (self.config.N, self.config.K):
             raise ValueError(
                 f"weight: got codes of shape {tuple(codes.shape)}, expected "
@@ -257,8 +256,18 @@ class Matmul(Operator):
                 named["bias"],
                 named["output"],
             )
-        if not isinstance(A, torch.Tensor) or not isinstance(W, torch.Tensor):
-            check_call(self.config, A, W)
+        check_tensor("A", A)
+        check_tensor("W", W)
+        for name, x in (
+            ("scale", scale),
+            ("zeros", zeros),
+            ("bias", bias),
+            ("output", output),
+            ("input_scale", input_scale),
+            ("global_scale", global_scale),
+        ):
+            if x is not None:
+                check_tensor(name, x)
         if self._transposed_A:
             if A.dim() < 2:
                 raise ValueError(
@@ -268,6 +277,8 @@ class Matmul(Operator):
         operands = (A, W, scale, zeros, bias, input_scale, global_scale, self._key)
         if output is None:
             return torch.ops.bitblas.matmul(*operands)
+        if A.requires_grad and torch.is_grad_enabled():
+            raise ValueError("output: not with an A that requires grad; the gradient would be lost")
         torch.ops.bitblas.matmul_out(*operands, output)
         return output
 
@@ -329,6 +340,8 @@ class Matmul(Operator):
         dynamic_symbolic_constraints: {"m": rows}; by default the largest M of the config.
         """
         m = (dynamic_symbolic_constraints or {}).get("m") or max(_hinted_rows(self.config))
+        if m < 1:
+            raise ValueError(f"m: got {m}, expected a positive number of rows")
         call = self._timed_call(m)
         if self.target.is_gpu:
             return plan.gpu_milliseconds(call)

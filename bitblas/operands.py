@@ -27,7 +27,7 @@ def input_features(config: MatmulConfig) -> int:
 
 def check_weight(config: MatmulConfig, W: torch.Tensor) -> None:
     """Raise unless W is the packed weight (dense: the weight) of `config`."""
-    _is_tensor("W", W)
+    check_tensor("W", W)
     if config.is_dense:
         _check("W", W, dense_weight_shape(config), (config.format.torch_dtype,))  # type: ignore[attr-defined]
         return
@@ -89,7 +89,7 @@ def check_extras(
             raise ValueError(
                 f"global_scale: got a tensor, but {config.W_dtype} has no per-tensor scale"
             )
-        _is_tensor("global_scale", global_scale)
+        check_tensor("global_scale", global_scale)
         if global_scale.numel() != 1 or global_scale.dtype != torch.float32:
             raise ValueError(
                 f"global_scale: got shape {tuple(global_scale.shape)} {global_scale.dtype}, "
@@ -111,7 +111,7 @@ def check_call(
     global_scale: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError or TypeError unless the operands fit the config. A is (..., K) here."""
-    _is_tensor("A", A)
+    check_tensor("A", A)
     if A.dtype != config.torch_A_dtype:
         raise TypeError(
             f"A: got {A.dtype}, expected {config.torch_A_dtype} for A_dtype {config.A_dtype!r}"
@@ -130,7 +130,7 @@ def check_call(
             raise ValueError(
                 f"input_scale: goes with 8-bit activations only, A_dtype is {config.A_dtype!r}"
             )
-        _is_tensor("input_scale", input_scale)
+        check_tensor("input_scale", input_scale)
         rows = A.numel() // features
         if input_scale.numel() != rows or input_scale.dtype != torch.float32:
             raise ValueError(
@@ -150,13 +150,20 @@ def check_output(
         raise TypeError(f"output: got {out.dtype}, expected {config.torch_out_dtype}")
     if out.device != device:
         raise ValueError(f"output: is on {out.device}, expected {device}, where A is")
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
+        raise ValueError(
+            f"output: got strides {out.stride()} for shape {tuple(out.shape)}, expected a tensor "
+            f"whose elements do not share memory"
+        )
 
 
-def _is_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a dense tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: got a {value.layout} tensor, expected a strided one")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: got a {kind} tensor, expected a strided one")
 
 
 def _same_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
@@ -190,6 +197,6 @@ def _extra(
         return
     if not enabled:
         raise ValueError(f"{name}: got a tensor, but the config has {flag}=False")
-    _is_tensor(name, x)
+    check_tensor(name, x)
     _check(name, x, shape, dtypes)
     _same_device(name, x, device)

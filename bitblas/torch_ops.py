@@ -13,7 +13,7 @@ import torch
 
 from . import plan
 from .config import FLOAT_ACTIVATIONS, MatmulConfig
-from .layouts import convert, layout_of
+from .layouts import aligned, convert, layout_of
 from .log import logger
 from .operands import check_call, check_output, check_weight, native_layout
 
@@ -41,13 +41,23 @@ def _backend(device: torch.device) -> ModuleType:
     raise ValueError(f"A: is on {device}, expected a CPU or CUDA device")
 
 
+def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether the address ranges of two tensors meet: then one cannot be written in parts."""
+
+    def end(t: torch.Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+        return t.data_ptr() + (last + 1) * t.itemsize
+
+    return x.data_ptr() < end(y) and y.data_ptr() < end(x)
+
+
 def _contiguous(x: Optional) -> Optional:
     return None if x is None else x.contiguous()
 
 
 def _native_weight(config: MatmulConfig, W: torch.Tensor) -> torch.Tensor:
     """W as int8 words in the layout that its device's backend reads."""
-    W = W.contiguous().view(torch.int8)
+    W = aligned(W).view(torch.int8)
     layout = native_layout(config, W.device.type)
     if layout_of(W) is not layout:
         logger.warning(
@@ -97,7 +107,7 @@ def _rows(
         return product if out is None else out.copy_(product)
     into = (
         out
-        if out is not None and out.is_contiguous()
+        if out is not None and out.is_contiguous() and not _share_memory(out, A)
         else A.new_empty(shape, dtype=config.torch_out_dtype)
     )
     rows = A.reshape(-1, A.shape[-1]).contiguous()

@@ -122,10 +122,20 @@ class WeightFormat:
         return table.to(dtype)[codes.to(torch.int32)]
 
 
+def comparable(weight: torch.Tensor) -> torch.Tensor:
+    """The same values in a dtype that torch can compare and round: not uint16 and up, not fp8."""
+    if weight.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return weight.to(torch.float64)
+    if weight.is_floating_point() and weight.dtype.itemsize == 1:
+        return weight.to(torch.float32)
+    return weight
+
+
 def check_range(weight: torch.Tensor, low: int, high: int, name: str, what: str) -> None:
     """Raise ValueError unless every element is an integer in low..high (meta tensors pass)."""
     if weight.device.type == "meta" or weight.numel() == 0:
         return
+    weight = comparable(weight)
     if weight.is_floating_point() and not bool((weight == weight.round()).all()):
         raise ValueError(f"weight: {name} takes integer {what} {low}..{high}, got fractions or NaN")
     lowest, highest = weight.min().item(), weight.max().item()

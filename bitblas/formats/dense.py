@@ -15,6 +15,8 @@ class _Dense(WeightFormat):
 
     def to_codes(self, weight: torch.Tensor) -> torch.Tensor:
         """The stored form of a dense weight is the value in the format's dtype."""
+        if weight.is_complex():
+            raise TypeError(f"weight: {self.name} takes real values, got {weight.dtype}")
         return weight.to(self.torch_dtype)
 
     def to_values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:

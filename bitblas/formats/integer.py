@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Affine, WeightFormat, check_range
+from .base import Affine, WeightFormat, check_range, comparable
 
 
 class _Integer(WeightFormat):
@@ -59,7 +59,7 @@ class Int1(_Signed):
     decoder = Affine(step=2, offset=-1)
 
     def to_codes(self, weight: torch.Tensor) -> torch.Tensor:
-        if weight.device.type != "meta" and bool((weight == 0).any()):
+        if weight.device.type != "meta" and bool((comparable(weight) == 0).any()):
             raise ValueError("weight: int1 takes values -1 and +1, got 0")
         return super().to_codes(weight)
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from ..base import TransformKind
+from ..config import TORCH_DTYPES
 from ..layouts import pack_rows
 from ..matmul import Operator
+from ..operands import check_tensor
 from ..quantization import interleave_weight
 
 
@@ -19,8 +21,7 @@ class OperatorConfig:
 
 
 def _check_rows(x: Any, shape: tuple[int, int]) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"weight: got {type(x).__name__}, expected a tensor")
+    check_tensor("weight", x)
     if tuple(x.shape) != shape:
         raise ValueError(f"weight: got shape {tuple(x.shape)}, expected {shape}")
 
@@ -60,6 +61,8 @@ class QuantCompress(Operator):
         """weight: (M, N), codes of which the low bits count."""
         config = self.config
         _check_rows(weight, (config.M, config.N))
+        if weight.is_floating_point() or weight.is_complex():
+            raise TypeError(f"weight: got {weight.dtype}, expected codes in an integer dtype")
         codes = (weight.to(torch.int16) & ((1 << config.dequantize_bits) - 1)).to(torch.uint8)
         return pack_rows(codes, config.dequantize_bits).view(getattr(torch, config.storage_dtype))
 
@@ -98,6 +101,7 @@ class LOP3Permutate(Operator):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: (M, N*bits/8), one byte an element (or as wider words of the same bytes)."""
         config = self.config
+        check_tensor("weight", weight)
         _check_rows(
             weight, (config.M, config.N * config.dequantize_bits // (8 * weight.dtype.itemsize))
         )
@@ -123,7 +127,11 @@ class LadderPermutateConfig(OperatorConfig):
     target_instruction: str = "nvidia-mma"
 
     def __post_init__(self) -> None:
-        if TransformKind(self.transform_kind) > TransformKind.InterWarpTransform:
+        if self.datatype not in TORCH_DTYPES:
+            raise ValueError(
+                f"datatype: got {self.datatype!r}, expected one of {', '.join(TORCH_DTYPES)}"
+            )
+        if self.transform_kind not in (0, 1):
             raise ValueError(
                 f"transform_kind: got {self.transform_kind}, expected 0 or 1; this library's "
                 "kernels take "
@@ -156,6 +164,7 @@ class LadderPermutate(Operator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (M, N), or (N, M) where transpose_matrix -> (M/16, N/T, 16, T); kind 0: x itself."""
         config = self.config
+        check_tensor("weight", x)
         if config.transpose_matrix:
             x = x.T
         _check_rows(x, (config.M, config.N))

@@ -40,8 +40,10 @@ def quantize_weight(
         raise ValueError(
             f"with_zeros: zero points go with integer formats only, W_dtype is {W_dtype!r}"
         )
-    if not weight.is_floating_point() or not bool(weight.float().isfinite().all()):
-        raise ValueError(f"weight: expected finite floating values, got {weight.dtype} with others")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: got {weight.dtype}, expected a floating dtype")
+    if not bool(weight.float().isfinite().all()):
+        raise ValueError("weight: expected finite values, got NaN or infinity")
     if weight.dim() != 2:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected (N, K)")
     n, k = weight.shape

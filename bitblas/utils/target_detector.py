@@ -23,15 +23,22 @@ class Target(str):
 
 
 def auto_detect_nvidia_target(gpu_id: int = 0) -> Target:
-    """ "cuda -arch=sm_XY" from the compute capability that the CUDA runtime reports, else "cpu"."""
+    """ "cuda -arch=sm_XY" from the compute capability that the CUDA runtime reports, else "cpu".
+
+    A gpu_id that the process does not see means its first GPU: callers pass ids out of
+    CUDA_VISIBLE_DEVICES, which count the machine's GPUs. ValueError for a negative one.
+    """
+    if gpu_id < 0:
+        raise ValueError(f"gpu_id: got {gpu_id}, expected 0 or more")
     if not torch.cuda.is_available():
         return Target("cpu")
-    if not 0 <= gpu_id < torch.cuda.device_count():
-        raise ValueError(
-            f"gpu_id: got {gpu_id}, this machine has GPUs 0..{torch.cuda.device_count() - 1}"
-        )
+    if gpu_id >= torch.cuda.device_count():
+        gpu_id = 0
     major, minor = torch.cuda.get_device_capability(gpu_id)
     return Target(f"cuda -arch=sm_{major}{minor}")
+
+
+_detect = auto_detect_nvidia_target  # also where a caller replaced the public name
 
 
 def resolve_target(target: str | None) -> Target:
@@ -40,12 +47,10 @@ def resolve_target(target: str | None) -> Target:
     auto_detect_nvidia_target is looked up when called, because callers replace it in one of the
     modules that export it.
     """
-    detect = auto_detect_nvidia_target
+    detect = _detect
     for name in ("bitblas", "bitblas.utils", "bitblas.utils.target_detector"):
-        exported = getattr(
-            sys.modules.get(name), "auto_detect_nvidia_target", auto_detect_nvidia_target
-        )
-        if exported is not auto_detect_nvidia_target:
+        exported = getattr(sys.modules.get(name), "auto_detect_nvidia_target", _detect)
+        if exported is not _detect:
             detect = exported
     if target is None:
         target = detect()
@@ -56,5 +61,5 @@ def resolve_target(target: str | None) -> Target:
     if re.fullmatch(r"cuda( -arch=sm_\d+a?)?", target):
         return Target(target)
     if target.startswith(("nvidia/", "cuda ")):  # device tags of BitBLAS 0.1
-        return Target(detect())
+        return _detect()
     raise ValueError(f"target: got {target!r}, expected None, 'cpu', 'cuda' or 'cuda -arch=sm_XY'")

@@ -1,0 +1,184 @@
+"""The portable kernels without a GPU: their results in Triton's interpreter, their machine code.
+
+The interpreter is chosen when triton is imported, so its cases run in two processes of their own,
+which this module starts and which run its `main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from problems import draw, relative_error, tolerance
+
+from bitblas.config import A_DTYPES, FLOAT_ACTIVATIONS, ZEROS_MODES, MatmulConfig, weight_dtypes
+from bitblas.formats import FORMATS
+
+SHARDS = 2
+
+
+def make_config(a, w, zeros=None, **fields) -> MatmulConfig:
+    fixed = FORMATS[w].fixed_group_size
+    defaults = dict(
+        N=70, K=96, A_dtype=a, W_dtype=w, out_dtype=a if a in FLOAT_ACTIVATIONS else "float32",
+        group_size=fixed or 32, with_scaling=True, with_zeros=zeros is not None, zeros_mode=zeros,
+    )  # fmt: skip
+    return MatmulConfig(**(defaults | fields))
+
+
+COMBINATIONS = [
+    (a, w, zeros)
+    for a in A_DTYPES
+    for w in weight_dtypes(a)
+    if not FORMATS[w].is_dense
+    for zeros in (None, *(ZEROS_MODES if FORMATS[w].is_integer else ()))
+]
+# m = 1 and m = 20 reach both kernels; alternating keeps the interpreter's time down.
+INTERPRETED = {
+    "-".join(map(str, case)): (case, 1 if index % 2 else 20)
+    for index, case in enumerate(COMBINATIONS)
+}
+
+
+def interpret(case: tuple[str, str, str | None], m: int) -> tuple[float, float, float]:
+    """(error, allowed error of the product; error of dequantize) of one case."""
+    from bitblas import reference
+    from bitblas.kernels import portable
+
+    config = make_config(*case)
+    problem = draw(config, m, seed=m)
+    W = portable.layout(config).pack(problem.codes, config.bits)
+    out = torch.full((m, config.N), 77, dtype=config.torch_out_dtype)
+    portable.matmul(config, problem.A, W, out, **problem.extras())
+    weight = torch.full((config.N, config.K), 77.0)
+    extras = {name: x for name, x in problem.extras().items() if name != "bias"}
+    portable.dequantize(config, W, weight, **extras)
+    exact = reference.dequantize(config, problem.codes, **extras)
+    # the interpreter truncates where a GPU rounds to bfloat16
+    slack = 2 if config.A_dtype == "bfloat16" else 1
+    error = relative_error(out, problem.expected())
+    return error, slack * tolerance(config), relative_error(weight, exact)
+
+
+def main(shard: int) -> None:
+    """Print the results of a shard's cases as JSON: numbers, or the text of an exception."""
+    from triton.runtime import interpreter
+
+    # NumPy 2.4 refuses int() of one-element arrays, which Triton 3.6 uses for loop bounds.
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
+    results: dict[str, object] = {}
+    for name, (case, m) in list(INTERPRETED.items())[shard::SHARDS]:
+        try:
+            results[name] = interpret(case, m)
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, object]:
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(shard)], env=environment, stdout=subprocess.PIPE
+        )
+        for shard in range(SHARDS)
+    ]
+    results: dict[str, object] = {}
+    for process in processes:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0
+        results |= json.loads(output)
+    return results
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_kernels_agree_with_float64(name, interpreted):
+    result = interpreted[name]
+    assert not isinstance(result, str), result
+    error, allowed, weight_error = result
+    assert error <= allowed
+    assert weight_error <= 3e-7
+
+
+def compiled(config: MatmulConfig, m: int, arch: int):
+    """Statistics of the default kernel for m rows; operands are meta tensors."""
+    from bitblas.kernels import compile as compiler
+    from bitblas.kernels import portable
+
+    def empty(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    width = config.K // 2 if config.A_dtype == "int4" else config.K
+    extras = {}
+    if config.with_scaling:
+        extras["scale"] = empty((config.N, config.num_groups), config.scale_dtypes[0])
+    if config.with_zeros:
+        extras["zeros"] = empty(config.zeros_shape, config.zeros_dtypes[0])
+    if config.format.has_global_scale:
+        extras["global_scale"] = empty((1,), torch.float32)
+    launch = portable.launch(
+        config,
+        empty((m, width), config.torch_A_dtype),
+        empty(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8),
+        empty((m, config.N), config.torch_out_dtype),
+        **extras,
+    )
+    return compiler.statistics(compiler.compile_launch(launch, arch))
+
+
+LARGE = dict(N=4096, K=4096)
+COMPILED = {  # each decoder with each activation dtype at least once
+    "float16-uint4": make_config("float16", "uint4", "original", group_size=128, **LARGE),
+    "float16-int1": make_config("float16", "int1", "rescale", group_size=128, **LARGE),
+    "float16-nf4": make_config("float16", "nf4", group_size=64, **LARGE),
+    "bfloat16-uint4": make_config("bfloat16", "uint4", "quantized", group_size=128, **LARGE),
+    "bfloat16-nvfp4": make_config("bfloat16", "nvfp4", **LARGE),
+    "bfloat16-uint3": make_config("bfloat16", "uint3", group_size=128, **LARGE),
+    "float32-e4m3": make_config("float32", "e4m3_float8", group_size=128, **LARGE),
+    "int8-int4": make_config("int8", "int4", group_size=-1, **LARGE),
+    "int8-uint8": make_config("int8", "uint8", group_size=-1, with_scaling=False, **LARGE),
+    "int4-int2": make_config("int4", "int2", group_size=128, **LARGE),
+    "e4m3-mxfp4": make_config("e4m3_float8", "mxfp4", **LARGE),
+    "e5m2-e5m2": make_config("e5m2_float8", "e5m2_float8", group_size=-1, **LARGE),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("m", [1, 1024])
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernels_compile_without_spills(name, m, arch):
+    config = COMPILED[name]
+    found = compiled(config, m, arch)
+    assert found.local_bytes == 0
+    if config.A_dtype != "float32":
+        matrix_unit = ("HMMA", "IMMA") if m == 1 or arch < 90 else ("HGMMA", "IGMMA", "HMMA")
+        assert found.count(*matrix_unit) > 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["float16-uint4", "bfloat16-uint4", "int8-int4", "e5m2-e5m2"])
+def test_few_rows_read_the_weight_16_bytes_at_a_time(name, arch):
+    loads = [op for op in compiled(COMPILED[name], 1, arch).opcodes if op.startswith("LDG")]
+    assert any(op.startswith(("LDG.E", "LDGSTS.E")) and op.endswith(".128") for op in loads), loads
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
