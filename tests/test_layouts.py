@@ -16,7 +16,7 @@ BITS = range(1, 9)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_width = pytest.mark.parametrize("bits", BITS)
 rows, columns = st.integers(1, 70), st.integers(1, 300)
-drawn = settings(max_examples=15, deadline=None, print_blob=True)
+drawn = settings(max_examples=10, deadline=None, print_blob=True)
 
 
 def draw_codes(shape, bits, seed=None):

@@ -43,7 +43,7 @@ def make_config(A_dtype: str, W_dtype: str, mode: str, **fields) -> bitblas.Matm
 @pytest.mark.parametrize("A_dtype, W_dtype, mode", [(*p, m) for p in PAIRS for m in modes(*p)])
 def test_every_pair_and_mode(seed, A_dtype, W_dtype, mode):
     config = make_config(A_dtype, W_dtype, mode)
-    for m in ROWS:
+    for m in ROWS if mode in ("plain", "scale") else (1, 17):  # each compiles its own kernels
         problem = draw(config, m, seed, DEVICE)
         check(problem, multiply(problem))
 
