@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import checkpoint
 from .cache import get_database_path
 from .config import FLOAT_ACTIVATIONS, TORCH_DTYPES, MatmulConfig
 from .gptq import GPTQOperands, read_gptq, unpack_qzeros, unpack_qzeros_v2
 from .layouts import (
-    LAYOUT_VERSION,
     PLAIN,
     convert,
-    import_original,
-    layout_of,
 )
 from .matmul import Matmul
 from .operands import check_extras, dense_weight_shape, native_layout
@@ -101,7 +99,7 @@ class Linear(nn.Module):
             device = torch.empty(0).device  # the default device, whatever context set it
             shape = native_layout(config, device.type).shape(config.bits, config.N, config.K)
             self.register_buffer("qweight", torch.zeros(shape, dtype=torch.int8))
-            self.register_buffer("weight_format", self._format_tag())
+            self.register_buffer("weight_format", checkpoint.format_tag(config))
         self.register_buffer("perm", None)
         # encoded scales are kept as bytes: safetensors reads no e8m0, pickle no 8-bit float
         encoded = config.format.scale_encoding is not None
@@ -227,7 +225,7 @@ class Linear(nn.Module):
         else:
             layout = native_layout(config, device.type)
             self.qweight = layout.pack(codes.to(device).contiguous(), config.bits)
-            self.weight_format = self._format_tag(device)
+            self.weight_format = checkpoint.format_tag(config, device)
         for name, x in cast.items():
             if x is not None:
                 setattr(self, name, x)
@@ -349,7 +347,7 @@ class Linear(nn.Module):
                 self.bias = self.bias.to(config.torch_out_dtype)
         if not config.is_dense:
             self.qweight = self._native(self.qweight, self.qweight.device)
-            self.weight_format = self._format_tag(self.qweight.device)
+            self.weight_format = checkpoint.format_tag(config, self.qweight.device)
         return self
 
     _operand_names = (
@@ -382,18 +380,6 @@ class Linear(nn.Module):
 
     # checkpoints
 
-    def _format_text(self) -> str:
-        """What the bytes of a checkpoint mean."""
-        config = self.config
-        zeros = config.zeros_mode if config.with_zeros else "none"
-        text = f"bitblas layout {LAYOUT_VERSION}: {config.W_dtype}, group {config.group_length}"
-        return text + f", zeros {zeros}"
-
-    def _format_tag(self, device: torch.device | None = None) -> torch.Tensor:
-        """_format_text as ASCII in a uint8 tensor (None: on the default device)."""
-        text = list(self._format_text().encode())
-        return torch.tensor(text, dtype=torch.uint8, device=device)
-
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -415,56 +401,18 @@ class Linear(nn.Module):
     ) -> None:
         if not self.config.is_dense and prefix + "qweight" in state_dict:
             assign = bool(local_metadata.get("assign_to_params_buffers"))
-            if error := self._refusal(state_dict, prefix, assign):
+            size = len(prefix)
+            entries = {k[size:]: v for k, v in state_dict.items() if k.startswith(prefix)}
+            error = checkpoint.refusal(self.config, entries)
+            if error is None and self.qweight.device.type == "meta" and not assign:
+                error = "the module is on the meta device; use assign=True, or to_empty first"
+            if error:
                 error_msgs.append(f"{prefix.rstrip('.') or 'Linear'}: {error}")
                 return
             self._adopt(state_dict, prefix, assign)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _refusal(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> str | None:
-        """Why a checkpoint's entries are not this module's, or None where they are."""
-        tag, wanted = state_dict.get(prefix + "weight_format"), self._format_text()
-        if tag is None:
-            return (
-                "the checkpoint has no `weight_format`, so its packed bytes are of another library "
-                "or layout version. One written by BitBLAS 0.1 loads with "
-                "Linear.load_original_state_dict; from any other, unpack the weight and call "
-                "load_and_transform_weight"
-            )
-        if tag.dtype != torch.uint8 or tag.dim() != 1:
-            return f"weight_format: got shape {tuple(tag.shape)} {tag.dtype}, expected uint8 text"
-        found = bytes(tag.tolist()).decode(errors="replace")
-        if found != wanted:
-            return (
-                f"the checkpoint holds {found!r}, this module is {wanted!r}. Build the module with "
-                f"the checkpoint's format, or dequantise and call load_and_transform_weight"
-            )
-        config, packed = self.config, state_dict[prefix + "qweight"]
-        try:
-            layout = layout_of(packed)
-            if packed.dtype != torch.int8:
-                raise ValueError(f"qweight: got {packed.dtype}, expected torch.int8")
-            if tuple(packed.shape) != layout.shape(config.bits, config.N, config.K):
-                raise ValueError(
-                    f"qweight: got shape {tuple(packed.shape)} in the {layout.name} layout"
-                )
-        except ValueError as error:
-            return f"{error}; this module has N={config.N}, K={config.K}"
-        scales, valid = state_dict.get(prefix + "scales"), config.scale_dtypes
-        encoded = config.format.scale_encoding is not None  # bytes, not numbers to round
-        if encoded and scales is not None and scales.dtype not in valid:
-            return f"scales: got {scales.dtype}, expected {' or '.join(map(str, valid))}"
-        if scales is not None:
-            state_dict[prefix + "scales"] = self._scale_bytes(scales)
-        perm = state_dict.get(prefix + "perm")
-        if perm is not None and perm.device.type != "meta":
-            if sorted(perm.flatten().tolist()) != list(range(config.K)):
-                return f"perm: not a permutation of 0..{config.K - 1}"
-        if self.qweight.device.type == "meta" and not assign:
-            return "this module is on the meta device; load with assign=True, or after to_empty"
-        return None
 
     def _adopt(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Bring a checkpoint's entries and this module's buffers into the same form."""
@@ -474,6 +422,8 @@ class Linear(nn.Module):
         if assign:  # the buffer that is replaced has the shape of another device's layout
             self.qweight = torch.empty_like(native, device="meta")
         self.perm = None if perm is None else torch.empty_like(perm, device=device)
+        if (scales := state_dict.get(prefix + "scales")) is not None:
+            state_dict[prefix + "scales"] = self._scale_bytes(scales)
         dtypes = {"scales": self.config.scale_dtypes, "zeros": self.config.zeros_dtypes}
         for name, valid in dtypes.items():
             buffer, incoming = getattr(self, name), state_dict.get(prefix + name)
@@ -486,26 +436,11 @@ class Linear(nn.Module):
         Its qweight is in the interleaved layout where fast decoding was on (config.fast_decoding
         says whether it is by default; pass fast_decoding to the constructor where it was not).
         """
-        config = self.config
-        packed = state_dict["qweight"]
-        if tuple(packed.shape) != PLAIN.shape(config.bits, config.N, config.K):
-            raise ValueError(
-                f"qweight: got shape {tuple(packed.shape)}, expected "
-                f"{PLAIN.shape(config.bits, config.N, config.K)}"
-            )
-        activation_bits = 8 * config.torch_A_dtype.itemsize
-        codes = import_original(
-            packed.view(torch.int8),
-            config.bits,
-            config.K,
-            activation_bits,
-            bool(config.fast_decoding),
-        )
-        values = (
-            codes if not config.format.is_integer else config.format.to_values(codes, torch.int16)
-        )
         self.load_and_transform_weight(
-            values, state_dict.get("scales"), state_dict.get("zeros"), state_dict.get("bias")
+            checkpoint.read_original(self.config, state_dict["qweight"]),
+            state_dict.get("scales"),
+            state_dict.get("zeros"),
+            state_dict.get("bias"),
         )
 
 
