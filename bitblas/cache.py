@@ -117,7 +117,7 @@ def read_entry(path: Path) -> tuple[MatmulConfig, Choices] | None:
         if checksum != _checksum(entry):
             raise ValueError("its checksum does not match")
         choices = {int(m): dict(choice) for m, choice in entry["choices"].items()}
-        return MatmulConfig(**entry["config"]), choices
+        return MatmulConfig.from_key(json.dumps(entry["config"])), choices
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:

@@ -270,8 +270,7 @@ class MatmulConfig:
     @cached_property
     def key(self) -> str:
         """The fields as a JSON object: what the registered operator carries; see from_key."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(MatmulConfig)}
-        return json.dumps(fields, separators=(",", ":"))
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
     @cached_property
     def problem_key(self) -> str:
@@ -294,12 +293,14 @@ class MatmulConfig:
     @cache
     def from_key(key: str) -> MatmulConfig:
         """The config that `key` describes."""
-        return MatmulConfig(**json.loads(key))
+        fields = json.loads(key)
+        return (MatmulConfigWithSplitK if "k_split" in fields else MatmulConfig)(**fields)
 
 
 @dataclass(frozen=True)
 class MatmulConfigWithSplitK(MatmulConfig):
-    """MatmulConfig of MatmulWithSplitK; k_split, the number of splits along K, is a hint."""
+    """MatmulConfig of MatmulWithSplitK: GPU blocks share the reduction over K in k_split parts,
+    which are summed in a fixed order. The CPU has no use for it and splits over N alone."""
 
     k_split: int = 1
 

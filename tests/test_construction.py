@@ -68,7 +68,7 @@ def test_module_on_the_meta_device_takes_a_checkpoint_by_assignment(seed):
     module.load_and_transform_weight(torch.randint(0, 16, (32, 64)), torch.rand(32, 2).half())
     with torch.device("meta"):
         other = Linear(64, 32, **fields)
-    with pytest.raises(RuntimeError, match="meta device; load with assign=True"):
+    with pytest.raises(RuntimeError, match="meta device; use assign=True"):
         other.load_state_dict(module.state_dict())
     other.load_state_dict(module.state_dict(), assign=True)
     A = torch.randn(3, 64).half()

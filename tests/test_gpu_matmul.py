@@ -1,5 +1,7 @@
 """The portable kernels on a GPU: every format, activation and zeros mode against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import Problem, draw, relative_error, tolerance
@@ -66,9 +68,19 @@ def check(problem: Problem, tile=None) -> torch.Tensor:
 
 @pytest.mark.parametrize(("a", "w", "zeros"), COMBINATIONS)
 def test_every_combination_agrees_with_float64(a, w, zeros, seed):
-    small = dict(N=77, K=96, group_size=32)
-    for m, shape in ((1, {}), (3, small), (16, {}), (17, small), (100, {}), (257, small)):
-        check(draw(make_config(a, w, zeros, **shape), m, seed, "cuda"))
+    for shape in (dict(N=200, K=320, group_size=64), dict(N=77, K=96, group_size=32)):
+        for m in (1, 3, 16, 17, 100, 257):
+            check(draw(make_config(a, w, zeros, **shape), m, seed, "cuda"))
+
+
+@pytest.mark.parametrize(("a", "w", "zeros"), COMBINATIONS[::5])
+def test_split_k_agrees_with_float64_and_repeats_its_bits(a, w, zeros, seed):
+    config = make_config(a, w, zeros, N=136, K=640, with_bias=True)
+    for m, split_k in ((1, 4), (33, 3), (5, 16)):
+        problem = draw(config, m, seed, "cuda")
+        gemm = next(tile for tile in portable.candidates(config, m) if tile.kernel == "gemm")
+        tile = replace(gemm, split_k=split_k)
+        assert torch.equal(check(problem, tile), run(problem, tile))
 
 
 @pytest.mark.parametrize(("a", "w"), [(a, w) for a, w, zeros in COMBINATIONS if zeros is None])

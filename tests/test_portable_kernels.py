@@ -6,6 +6,7 @@ which this module starts and which run its `main`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +18,14 @@ import pytest
 import torch
 from problems import draw, relative_error, tolerance
 
-from bitblas.config import A_DTYPES, FLOAT_ACTIVATIONS, ZEROS_MODES, MatmulConfig, weight_dtypes
+from bitblas.config import (
+    A_DTYPES,
+    FLOAT_ACTIVATIONS,
+    ZEROS_MODES,
+    MatmulConfig,
+    MatmulConfigWithSplitK,
+    weight_dtypes,
+)
 from bitblas.formats import FORMATS
 
 SHARDS = 2
@@ -41,12 +49,21 @@ COMBINATIONS = [
 ]
 # m = 1 and m = 20 reach both kernels; alternating keeps the interpreter's time down.
 INTERPRETED = {
-    "-".join(map(str, case)): (case, 1 if index % 2 else 20)
+    "-".join(map(str, case)): (case, 1 if index % 2 else 20, 1)
     for index, case in enumerate(COMBINATIONS)
 }
+SPLIT = [
+    ("float16", "uint4", "rescale"),
+    ("int8", "uint8", "original"),
+    ("float32", "nf4", None),
+    ("bfloat16", "uint1", "quantized"),
+]
+INTERPRETED |= {f"split-{'-'.join(map(str, case))}": (case, 5, 2) for case in SPLIT}
 
 
-def interpret(case: tuple[str, str, str | None], m: int) -> tuple[float, float, float]:
+def interpret(
+    case: tuple[str, str, str | None], m: int, split_k: int
+) -> tuple[float, float, float]:
     """(error, allowed error of the product; error of dequantize) of one case."""
     from bitblas import reference
     from bitblas.kernels import portable
@@ -55,7 +72,11 @@ def interpret(case: tuple[str, str, str | None], m: int) -> tuple[float, float, 
     problem = draw(config, m, seed=m)
     W = portable.layout(config).pack(problem.codes, config.bits)
     out = torch.full((m, config.N), 77, dtype=config.torch_out_dtype)
-    portable.matmul(config, problem.A, W, out, **problem.extras())
+    tile = None
+    if split_k > 1:
+        gemm = next(tile for tile in portable.candidates(config, m) if tile.kernel == "gemm")
+        tile = dataclasses.replace(gemm, split_k=split_k)
+    portable.matmul(config, problem.A, W, out, **problem.extras(), tile=tile)
     weight = torch.full((config.N, config.K), 77.0)
     extras = {name: x for name, x in problem.extras().items() if name != "bias"}
     portable.dequantize(config, W, weight, **extras)
@@ -79,9 +100,9 @@ def main(shard: int) -> None:
 
     interpreter._patch_lang_tensor = patch_with_index
     results: dict[str, object] = {}
-    for name, (case, m) in list(INTERPRETED.items())[shard::SHARDS]:
+    for name, case in list(INTERPRETED.items())[shard::SHARDS]:
         try:
-            results[name] = interpret(case, m)
+            results[name] = interpret(*case)
         except Exception:
             results[name] = traceback.format_exc()
     print(json.dumps(results))
@@ -118,8 +139,8 @@ def test_interpreted_kernels_agree_with_float64(name, interpreted):
     assert weight_error <= 3e-7
 
 
-def compiled(config: MatmulConfig, m: int, arch: int):
-    """Statistics of the default kernel for m rows; operands are meta tensors."""
+def compiled(config: MatmulConfig, m: int, arch: int, step: int = 0):
+    """Statistics of a step of the default product of m rows; operands are meta tensors."""
     from bitblas.kernels import compile as compiler
     from bitblas.kernels import portable
 
@@ -134,7 +155,7 @@ def compiled(config: MatmulConfig, m: int, arch: int):
         extras["zeros"] = empty(config.zeros_shape, config.zeros_dtypes[0])
     if config.format.has_global_scale:
         extras["global_scale"] = empty((1,), torch.float32)
-    launch = portable.launch(
+    launches = portable.launches(
         config,
         empty((m, width), config.torch_A_dtype),
         empty(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8),
@@ -142,7 +163,7 @@ def compiled(config: MatmulConfig, m: int, arch: int):
         **extras,
         tile=portable.candidates(config, m, roomy=arch == 90)[0],
     )
-    return compiler.statistics(compiler.compile_launch(launch, arch))
+    return compiler.statistics(compiler.compile_launch(launches[step], arch))
 
 
 LARGE = dict(N=4096, K=4096)
@@ -181,6 +202,15 @@ def test_kernels_compile_without_spills(name, m, arch):
 def test_few_rows_read_the_weight_16_bytes_at_a_time(name, arch):
     loads = [op for op in compiled(COMPILED[name], 1, arch).opcodes if op.startswith("LDG")]
     assert any(op.startswith(("LDG.E", "LDGSTS.E")) and op.endswith(".128") for op in loads), loads
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("step", [0, 1])
+def test_split_k_compiles_without_spills(step, arch):
+    config = MatmulConfigWithSplitK(
+        W_dtype="uint4", group_size=128, with_scaling=True, k_split=4, **LARGE
+    )
+    assert compiled(config, 16, arch, step).local_bytes == 0
 
 
 if __name__ == "__main__":

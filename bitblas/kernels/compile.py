@@ -1,6 +1,6 @@
 """Compile a kernel for a GPU that is not there, and read what came out.
 
-    binary = compile_launch(portable.launch(config, A, W, out), arch=90)
+    binary = compile_launch(portable.launches(config, A, W, out)[0], arch=90)
     statistics(binary).spills
 
 Operands may live on any device, meta included: only their dtypes matter. cuobjdump and nvdisasm

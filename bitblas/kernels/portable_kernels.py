@@ -213,22 +213,40 @@ def plane_codes(
 
 
 @triton.jit
+def add_plane(
+    codes, W, n0, k0, N, K, BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST_BIT: tl.constexpr,
+    ELEMENT_BITS: tl.constexpr, TILE_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Codes with the plane of that width added, if the format has one."""
+    if BITS & WIDTH:
+        plane = plane_codes(
+            W, n0, k0, N, K, BITS, WIDTH, TILE_K * FIRST_BIT // 256, ELEMENT_BITS, TILE_K, BLOCK_N,
+            BLOCK_K,
+        )  # fmt: skip
+        codes |= plane << FIRST_BIT
+    return codes
+
+
+@triton.jit
 def load_codes(
     W, n0, k0, N, K, BITS: tl.constexpr, ELEMENT_BITS: tl.constexpr, TILE_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Codes of a tile as int32 [BLOCK_N, BLOCK_K], 0 beyond the packed weight."""
-    if BITS == 3:  # a 2-bit plane, then a 1-bit plane
-        low = plane_codes(
-            W, n0, k0, N, K, BITS, 2, 0, ELEMENT_BITS, TILE_K, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-        high = plane_codes(
-            W, n0, k0, N, K, BITS, 1, TILE_K // 128, ELEMENT_BITS, TILE_K, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-        return low | (high << 2)
-    else:
+    if BITS & (BITS - 1) == 0:
         return plane_codes(
             W, n0, k0, N, K, BITS, BITS, 0, ELEMENT_BITS, TILE_K, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    else:
+        codes = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+        codes = add_plane(
+            codes, W, n0, k0, N, K, BITS, 4, 0, ELEMENT_BITS, TILE_K, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+        codes = add_plane(
+            codes, W, n0, k0, N, K, BITS, 2, BITS & 4, ELEMENT_BITS, TILE_K, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+        return add_plane(
+            codes, W, n0, k0, N, K, BITS, 1, BITS & 6, ELEMENT_BITS, TILE_K, BLOCK_N, BLOCK_K
         )  # fmt: skip
 
 
@@ -371,8 +389,12 @@ def gemm_kernel(
     SCALE_KIND: tl.constexpr, ZEROS_KIND: tl.constexpr, ZERO_IN_WEIGHT: tl.constexpr,
     PAIR_ASM: tl.constexpr, TWO_TERMS: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """OUT[M, N] on the matrix units; weights are the row operand, as the layout was made for.
+
+    SPLIT_K: with more than 1, part p of the tiles along K goes to OUT[p, M, N], a float32 or int32
+    workspace that sum_parts_kernel adds up in order.
 
     ZERO_IN_WEIGHT: zero points are subtracted from the decoded weight (exact for packed ones,
     rounded once otherwise) instead of through the sums of A. TWO_TERMS: weights that the operand
@@ -406,17 +428,26 @@ def gemm_kernel(
     row_length = K // 2 if A_KIND == "int4" else K
     rows = A + m.to(tl.int64)[None, :] * row_length
 
+    tiles = tl.cdiv(K, BLOCK_K)
+    first_tile, last_tile = 0, tiles
+    first_group = 0
+    if SPLIT_K > 1:
+        first_tile = tiles * tl.program_id(1) // SPLIT_K
+        last_tile = tiles * (tl.program_id(1) + 1) // SPLIT_K
+        if GROUPS == "tile":
+            first_group = group_of(first_tile * BLOCK_K, GROUP, GROUP_BITS)
+
     # Scales of a tile are loaded one tile ahead, since nothing else hides their latency.
     scale = tl.zeros([BLOCK_N], tl.int32)
     zero = tl.zeros([BLOCK_N], tl.int32)
     if WITH_SCALE:
-        scale = load_raw(SCALE, n, 0, G, n_inside)
+        scale = load_raw(SCALE, n, first_group, G, n_inside)
     if ZEROS_KIND != "none":
-        zero = load_zero(ZEROS, n, 0, N, G, n_inside, BITS, ZEROS_KIND)
+        zero = load_zero(ZEROS, n, first_group, N, G, n_inside, BITS, ZEROS_KIND)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], DOT_DTYPE if GROUPS == "one" else ACC_DTYPE)
     sums = tl.zeros([BLOCK_M], DOT_DTYPE)
-    for tile in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
+    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         k0 = tile * BLOCK_K
         k = k0 + tl.arange(0, BLOCK_K)
         a = load_activation(
@@ -499,10 +530,30 @@ def gemm_kernel(
             decode_scale(scale, SCALE_KIND)[:, None], zero[:, None], SHIFT, LATE_ZEROS, WITH_SCALE,
         )  # fmt: skip
     inside = m_inside[:, None] & n_inside[None, :]
-    store_result(
-        OUT, BIAS, INPUT_SCALE, GLOBAL_SCALE, tl.trans(acc), m[:, None], n[None, :], N,
-        m_inside[:, None], inside,
-    )  # fmt: skip
+    if SPLIT_K > 1:
+        part = tl.program_id(1).to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(OUT + part, tl.trans(acc), mask=inside)
+    else:
+        store_result(
+            OUT, BIAS, INPUT_SCALE, GLOBAL_SCALE, tl.trans(acc), m[:, None], n[None, :], N,
+            m_inside[:, None], inside,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def sum_parts_kernel(
+    PARTS, OUT, BIAS, INPUT_SCALE, GLOBAL_SCALE, M, N, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """OUT[M, N] from PARTS[SPLIT_K, M, N], always added in the same order."""
+    m = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    offset = m.to(tl.int64) * N + n
+    total = tl.load(PARTS + offset, mask=inside, other=0)
+    for _ in tl.static_range(1, SPLIT_K):
+        offset += tl.cast(M, tl.int64) * N
+        total += tl.load(PARTS + offset, mask=inside, other=0)
+    store_result(OUT, BIAS, INPUT_SCALE, GLOBAL_SCALE, total, m, n, N, True, inside)
 
 
 # --- few rows: K split over the warps of a block ------------------------------------------------
