@@ -144,10 +144,18 @@ class _Call:
 
     def fused(self, A: torch.Tensor) -> None:
         """A few rows of float32 A."""
-        A = self._pad(A)
+        plan, A = self.plan, self._pad(A)
+        if size := plan.table_floats(self.m):
+            tables = torch.empty(size, dtype=torch.float32, device="cpu")
+            packing = list(self.fields)
+            packing[Field.A], packing[Field.OUT] = A.data_ptr(), tables.data_ptr()
+            self._run(plan.pack_tables, plan.groups, packing)
+            A = tables
+        elif plan.a_factors is not None:
+            A = A * plan.a_factors
         self.fields[Field.A] = A.data_ptr()
-        self.fields[Field.A_STRIDE] = 4 * self.plan.k_used
-        self._run(self.plan.fused(self.m), self._items_of_blocks())
+        self.fields[Field.A_STRIDE] = 4 * plan.k_used
+        self._run(plan.fused(self.m), self._items_of_blocks())
 
     def panel(self, A: torch.Tensor) -> None:
         """Any number of rows of float32 A, packed into tiles first."""

@@ -86,9 +86,8 @@ def integer_value(
 ) -> Value:
     """The j-th value of an Affine format, as i32 lanes."""
     sign = 1 << (bits - 1)
-    if affine.step == 1 and affine.offset == -sign and len(planes(bits)) == 1:
-        # Offset binary is two's complement with the top bit flipped: one xor for a whole word, then
-        # two shifts extend the sign; no subtraction per value.
+    if _is_signed(affine, bits):
+        # one xor for a whole word, then two shifts extend the sign; no subtraction per value
         per_word = 32 // bits
         word, slot = words[j // per_word], j % per_word
         if affine.flip != sign:
@@ -98,6 +97,86 @@ def integer_value(
     if affine.step != 1:
         value = b.mul(value, ints(affine.step))
     return b.add(value, ints(affine.offset)) if affine.offset else value
+
+
+def is_placed(weights: Weights) -> bool:
+    """Whether `placed_values` serves: integers in one plane, less their zeros before any scale."""
+    affine, bits = weights.decoder.decoder, weights.bits
+    if not isinstance(affine, Affine) or weights.zeros_mode == "rescale":
+        return False
+    return affine.step == 1 and len(planes(bits)) == 1
+
+
+def placed_shift(weights: Weights, k: int) -> int:
+    """The power of two that `placed_values` leaves in the value of the k-th column."""
+    affine, bits = weights.decoder.decoder, weights.bits
+    assert isinstance(affine, Affine)
+    if _is_signed(affine, bits) and weights.zeros_mode != "quantized":
+        return 32 - bits
+    position = bits * (k % (32 // bits))
+    return 0 if position + bits == 32 else position
+
+
+def _is_signed(affine: Affine, bits: int) -> bool:
+    """Offset binary is two's complement with the top bit flipped."""
+    return affine.step == 1 and affine.offset == -(1 << (bits - 1)) and len(planes(bits)) == 1
+
+
+def placed_values(
+    b: Builder, weights: Weights, zero: Value | None
+) -> Callable[[Sequence[Value], int, int], Value]:
+    """As weight_values, but each value times 2^placed_shift, which the activations make good.
+
+    A code is masked where it lies in its word (signed ones are brought to the top): as a float it
+    is as exact there.
+    """
+    affine, bits = weights.decoder.decoder, weights.bits
+    assert isinstance(affine, Affine)
+    per_word, all_ones = 32 // bits, (1 << bits) - 1
+
+    def value(words: Sequence[Value], unit: int, j: int) -> Value:
+        word, slot = words[j // per_word], j % per_word
+        shift = placed_shift(weights, j)
+        if shift == 32 - bits:
+            flip = affine.flip ^ 1 << (bits - 1)
+            word = b.xor(word, ints(_repeat(flip, bits))) if flip else word
+            x = b.mask(b.shift_left(word, shift - bits * slot), all_ones << shift)
+        else:
+            word = b.xor(word, ints(_repeat(affine.flip, bits))) if affine.flip else word
+            if shift == bits * slot:
+                x = b.mask(word, all_ones << shift)
+            else:  # the highest, which would be negative
+                x = b.shift_right(word, bits * slot)
+            offset = ints(affine.offset) if affine.offset else None
+            if weights.zeros_mode == "quantized":
+                offset = b.sub(offset or ints(0), zero)
+            x = b.add(x, b.shift_left(offset, shift)) if offset else x
+        x = b.sitofp(x, VF)
+        return b.fsub(x, b.fmul(zero, floats(2.0**shift))) if weights.zeros else x
+
+    return value
+
+
+def index_bits(target: Target, weights: Weights, rows: int) -> int:
+    """Bits of a word that one lookup takes in tables of sums of activations; 0: no such tables.
+
+    Of one row of A and narrow codes, the sums over a few columns for every combination of codes are
+    tabulated once for all rows of weights; one lookup then replaces decoding and several products.
+    """
+    width = 4 if target.has("avx512f") else 3
+    is_narrow = target.has("avx2") and 2 * weights.bits <= width
+    return width if is_narrow and rows == 1 and weights.zeros_mode is None else 0
+
+
+def sum_tables(width: int, weights: Weights) -> list[tuple[int, list[list[float]]]]:
+    """The tables of one word: the first of their columns, and the values of each entry's codes."""
+    bits, values = weights.bits, weights.decoder.code_values()
+    result = []
+    for first in range(0, 32 // bits, width // bits):
+        count = min(width // bits, 32 // bits - first)
+        codes = [[e >> bits * i & (1 << bits) - 1 for i in range(count)] for e in range(1 << width)]
+        result.append((first, [[values[code] for code in entry] for entry in codes]))
+    return result
 
 
 def float_value(
@@ -124,11 +203,18 @@ def float_value(
     return lookup16(b, target, code(b, words, bits, unit, j), entries)
 
 
+def lookup(b: Builder, table: Value, index: Value) -> Value:
+    """table[index modulo its length] in each lane: 8 floats with AVX2, 16 with AVX-512."""
+    if table.type.count == LANES:
+        return b.intrinsic("llvm.x86.avx512.permvar.sf.512", VF, [table, index])
+    name = "llvm.x86.avx2.permps"
+    return b.join(*(b.intrinsic(name, table.type, [table, half]) for half in b.halves(index)))
+
+
 def lookup16(b: Builder, target: Target, index: Value, entries: Sequence[float]) -> Value:
     """entries[index & 15] in each lane."""
     if target.has("avx512f"):
-        name = "llvm.x86.avx512.permvar.sf.512"
-        return b.intrinsic(name, VF, [floats(entries), index])
+        return lookup(b, floats(entries), index)
     layer = [floats(entry) for entry in entries]
     for bit in range(4):
         is_set = b.icmp_unsigned("!=", b.mask(index, 1 << bit), ints(0))

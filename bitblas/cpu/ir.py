@@ -172,11 +172,11 @@ class Builder(ir.IRBuilder):
         return self.ir_module
 
     # -- vectors
-    def splat(self, scalar: Value) -> Value:
-        vector = ir.VectorType(scalar.type, LANES)
+    def splat(self, scalar: Value, vector: ir.VectorType | None = None) -> Value:
+        vector = vector or ir.VectorType(scalar.type, LANES)
         undefined = ir.Constant(vector, ir.Undefined)
         one = self.insert_element(undefined, scalar, I32(0))
-        return self.shuffle_vector(one, undefined, ints(0))
+        return self.shuffle(one, undefined, [0] * vector.count)
 
     def shuffle(self, a: Value, b: Value, lanes: Sequence[int]) -> Value:
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))

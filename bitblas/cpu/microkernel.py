@@ -15,7 +15,17 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .decode import Extras, Weights, load_words, weight_values
+from .decode import (
+    Extras,
+    Weights,
+    index_bits,
+    is_placed,
+    load_words,
+    lookup,
+    placed_values,
+    sum_tables,
+    weight_values,
+)
 from .ir import F32, I64, LANES, VF, Builder, Field, Value, floats, i64
 from .target import Target
 
@@ -44,11 +54,15 @@ def chains(rows: int) -> int:
 
 
 def fused(target: Target, weights: Weights, rows: int, unit: int) -> ir.Module:
-    """void fused(fields): exactly `rows` rows of float32 A, A_STRIDE bytes apart, K_PADDED long."""
+    """void fused(fields): exactly `rows` rows of float32 A, A_STRIDE bytes apart, K_PADDED long.
+
+    Where index_bits says so, A is the tables that pack_tables makes of one row.
+    """
     b = Builder("fused")
     tile = b.variable(ir.ArrayType(VF, rows))
     tile_address = b.ptrtoint(tile, I64)
     per_value_scale = weights.zeros_mode == "rescale"
+    width = index_bits(target, weights, rows)
     with b.work_items() as item, b.loop(*blocks_of(b, item)) as block:
         word = b.variable(I64, word_address(b, block, None, weights.bits))
         a = b.variable(I64, b.field(Field.A))
@@ -58,7 +72,10 @@ def fused(target: Target, weights: Weights, rows: int, unit: int) -> ir.Module:
         parts = [[b.variable(VF) for _ in range(chains(rows))] for _ in range(rows)]
         with b.loop(0, b.field(Field.GROUPS)) as group:
             scale, zero = extras.load(group)
-            value = weight_values(b, target, weights, zero)
+            if is_placed(weights):
+                value = placed_values(b, weights, zero)
+            else:
+                value = weight_values(b, target, weights, zero)
             for row in parts:
                 for part in row:
                     b.store(floats(0.0), part)
@@ -67,19 +84,22 @@ def fused(target: Target, weights: Weights, rows: int, unit: int) -> ir.Module:
                 words = load_words(b, address, weights.bits, unit)
                 for i in range(len(words)):
                     b.prefetch(b.offset(address, PREFETCH + 64 * i))
-                row_addresses = [first_row]
-                for _ in range(rows - 1):
-                    row_addresses.append(b.add(row_addresses[-1], stride))
-                for j in range(unit):
-                    x = value(words, unit, j)
-                    if per_value_scale:
-                        x = b.fsub(b.fmul(x, scale) if scale else x, zero)
-                    for row, start in zip(parts, row_addresses, strict=True):
-                        activation = b.splat(b.load_at(b.offset(start, 4 * j), F32, 4))
-                        part = row[j % len(row)]
-                        b.store(b.fma(x, activation, b.get(part)), part)
+                if width:
+                    used = _add_lookups(b, weights, width, words, first_row, parts[0])
+                else:
+                    used = 4 * unit
+                    for j in range(unit):
+                        x = value(words, unit, j)
+                        if per_value_scale:
+                            x = b.fsub(b.fmul(x, scale) if scale else x, zero)
+                        start = first_row
+                        for row in parts:
+                            activation = b.splat(b.load_at(b.offset(start, 4 * j), F32, 4))
+                            part = row[j % len(row)]
+                            b.store(b.fma(x, activation, b.get(part)), part)
+                            start = b.add(start, stride)
                 b.store(b.offset(address, 64 * len(words)), word)
-                b.store(b.offset(first_row, 4 * unit), a)
+                b.store(b.offset(first_row, used), a)
             for row, total in zip(parts, totals, strict=True):
                 values = [b.get(part) for part in row]
                 while len(values) > 1:
@@ -91,6 +111,47 @@ def fused(target: Target, weights: Weights, rows: int, unit: int) -> ir.Module:
         for i, total in enumerate(totals):
             b.store_at(b.get(total), b.offset(tile_address, 64 * i), 4)
         b.call_field(Field.EPILOGUE, [tile_address, block, i64(0), b.field(Field.M)])
+    return b.finish()
+
+
+def _add_lookups(
+    b: Builder, weights: Weights, width: int, words: list[Value], tables: Value, parts: list[Value]
+) -> int:
+    """Add to the parts what the tables hold for these words; the bytes of tables read."""
+    kind, address = ir.VectorType(F32, 1 << width), tables
+    for word in words:
+        for i, (first, _) in enumerate(sum_tables(width, weights)):
+            index = b.shift_right(word, first * weights.bits)
+            part = parts[i % len(parts)]
+            x = lookup(b, b.load_at(address, kind, 4), index)
+            b.store(b.fadd(x, b.get(part)), part)
+            address = b.offset(address, 4 << width)
+    return len(words) * len(sum_tables(width, weights)) * (4 << width)
+
+
+def pack_tables(target: Target, weights: Weights) -> ir.Module:
+    """void pack_tables(fields): one row of float32 A -> OUT [word][table][entry]; items are groups.
+
+    An entry is the sum over a few columns of their activations times their values (sum_tables).
+    """
+    b = Builder("pack_tables")
+    width = index_bits(target, weights, 1)
+    kind = ir.VectorType(F32, 1 << width)
+    tables, per_word = sum_tables(width, weights), 32 // weights.bits
+    length = b.field(Field.GROUP)
+    with b.work_items() as item, b.loop(0, length, per_word) as k:
+        k = b.add(b.mul(item, length), k)
+        a = b.add(b.field(Field.A), b.times(k, 4))
+        word = b.udiv(k, i64(per_word))
+        out = b.add(b.field(Field.OUT), b.times(word, len(tables) * (4 << width)))
+        for i, (first, entries) in enumerate(tables):
+            total = None
+            for j in range(len(entries[0])):
+                scalar = b.load_at(b.offset(a, 4 * (first + j)), F32, 4)
+                factors = ir.Constant(kind, [entry[j] for entry in entries])
+                product = b.fmul(b.splat(scalar, kind), factors)
+                total = b.fadd(total, product) if total else product
+            b.store_at(total, b.offset(out, i * (4 << width)), 4)
     return b.finish()
 
 

@@ -122,9 +122,32 @@ class Plan:
     def integer_unit_bytes(self) -> int:
         return integer.unit_bytes(self.target, self.config.bits)
 
+    @cached_property
+    def a_factors(self) -> torch.Tensor | None:
+        """Factors of the columns of A, (k_used,) float32, that the fused kernel asks for."""
+        if not decode.is_placed(self.weights):
+            return None
+        shifts = [decode.placed_shift(self.weights, k) for k in range(32)]
+        if not any(shifts):
+            return None
+        factors = torch.tensor([2.0**-shift for shift in shifts], device="cpu")
+        return factors.repeat(self.k_padded // 32)[: self.k_used]
+
+    def table_floats(self, m: int) -> int:
+        """Length of the tables that replace m rows of A in the fused kernel; 0: they do not."""
+        width = decode.index_bits(self.target, self.weights, m)
+        if not width:
+            return 0
+        words = self.k_used * self.weights.bits // 32
+        return words * len(decode.sum_tables(width, self.weights)) << width
+
     # -- function addresses
     def fused(self, m: int) -> int:
         return self.compiler.address(microkernel.fused, self.weights, m, self.unit)
+
+    @cached_property
+    def pack_tables(self) -> int:
+        return self.compiler.address(microkernel.pack_tables, self.weights)
 
     @cached_property
     def decode_panel(self) -> int:
