@@ -25,7 +25,6 @@ from datetime import date
 from pathlib import Path
 
 FORMATS = ("uint4", "uint2", "nf4", "int8", "e4m3_float8")
-ROWS = (1, 16, 256)
 SIZE = 1024
 
 
@@ -104,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="startup", help="name of the files in benchmarks/results")
     parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--m", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -122,7 +122,7 @@ def main() -> None:
     best = min(imports, key=lambda row: row["bitblas_s"])
     rows = []
     for W_dtype in options.formats:
-        for m in ROWS:
+        for m in options.m:
             with tempfile.TemporaryDirectory() as cache:
                 arguments = ["--measure", "call", W_dtype, str(m)]
                 cold = fresh_process([*arguments, "first"], cache)
