@@ -1,5 +1,6 @@
 # make demo   set up, then run the library on real input (GPU if there is one, else CPU)
 # make test   set up, then lint, type-check and run every test
+# make bench  set up, then time products beside torch's (benchmarks/gpu.py or cpu.py)
 # make check  the same tests in the current Python environment, without setting anything up
 
 PYTHON ?= python3
@@ -11,6 +12,9 @@ TORCH ?= torch==2.13.0
 # for a torch that brings no Triton (CPU builds); kernels compile and are interpreted without a GPU
 TRITON ?= triton==3.6.0
 
+# test processes: many where GPU kernels are compiled, one (0: in pytest itself) elsewhere
+WORKERS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
+
 .PHONY: demo test check lint bench clean
 
 demo: $(VENV)/.demo
@@ -21,7 +25,7 @@ test: $(VENV)/.test
 	$(MAKE) check PYTHON=$(BIN)/python
 
 check: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS)
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -29,7 +33,8 @@ lint:
 	$(PYTHON) -m mypy
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
+		&& $(BIN)/python benchmarks/gpu.py || $(BIN)/python benchmarks/cpu.py
 
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)

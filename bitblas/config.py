@@ -287,6 +287,7 @@ class MatmulConfig:
         )
         fields = {name: getattr(self, name) for name in names}
         fields["zeros_mode"] = self.zeros_mode if self.with_zeros else None
+        fields["k_split"] = getattr(self, "k_split", 1)
         return json.dumps(fields, separators=(",", ":"))
 
     @staticmethod

@@ -196,6 +196,7 @@ class Matmul(Operator):
 
     def inverse_transform_weight(self, packed: torch.Tensor) -> torch.Tensor:
         """The codes (N, K), as int8, of a packed weight; a dense weight comes back as it is."""
+        check_tensor("W", packed)
         check_weight(self.config, packed)
         if self.config.is_dense:
             return packed

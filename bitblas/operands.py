@@ -26,8 +26,7 @@ def input_features(config: MatmulConfig) -> int:
 
 
 def check_weight(config: MatmulConfig, W: torch.Tensor) -> None:
-    """Raise unless W is the packed weight (dense: the weight) of `config`."""
-    check_tensor("W", W)
+    """Raise unless the tensor W is the packed weight (dense: the weight) of `config`."""
     if config.is_dense:
         _check("W", W, dense_weight_shape(config), (config.format.torch_dtype,))  # type: ignore[attr-defined]
         return
@@ -110,8 +109,7 @@ def check_call(
     input_scale: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> None:
-    """Raise ValueError or TypeError unless the operands fit the config. A is (..., K) here."""
-    check_tensor("A", A)
+    """Raise ValueError or TypeError unless the tensors fit the config. A is (..., K) here."""
     if A.dtype != config.torch_A_dtype:
         raise TypeError(
             f"A: got {A.dtype}, expected {config.torch_A_dtype} for A_dtype {config.A_dtype!r}"
@@ -130,7 +128,6 @@ def check_call(
             raise ValueError(
                 f"input_scale: goes with 8-bit activations only, A_dtype is {config.A_dtype!r}"
             )
-        check_tensor("input_scale", input_scale)
         rows = A.numel() // features
         if input_scale.numel() != rows or input_scale.dtype != torch.float32:
             raise ValueError(

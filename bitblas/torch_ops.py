@@ -6,6 +6,7 @@ makes it, and carries the config as a string.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -55,17 +56,23 @@ def _contiguous(x: Optional) -> Optional:
     return None if x is None else x.contiguous()
 
 
+@cache
+def _warn_of_conversion(source: str, target: str) -> None:
+    """Once in a process: the calls work, but each one repacks the weight."""
+    logger.warning(
+        "W is in the %s layout and is converted to %s on every call; pack it for the device it is "
+        "used on",
+        source,
+        target,
+    )
+
+
 def _native_weight(config: MatmulConfig, W: torch.Tensor) -> torch.Tensor:
     """W as int8 words in the layout that its device's backend reads."""
     W = aligned(W).view(torch.int8)
     layout = native_layout(config, W.device.type)
     if layout_of(W) is not layout:
-        logger.warning(
-            "W is in the %s layout and is converted to %s on every call; pack it for the "
-            "device it is used on",
-            layout_of(W).name,
-            layout.name,
-        )
+        _warn_of_conversion(layout_of(W).name, layout.name)
         W = convert(W, config.bits, config.N, config.K, layout)
     return W
 
@@ -84,8 +91,8 @@ def dense_product(
 ) -> torch.Tensor:
     """torch's own product, in the operands' common dtype."""
     W, out_dtype = _dense_weight(config, W, scale), config.torch_out_dtype
-    if A.dtype != W.dtype or (out_dtype == torch.float32 and A.dtype != torch.float32):
-        A, W = A.float(), W.float()  # no 16-bit rounding, or overflow, of a wider result
+    if A.dtype != W.dtype or A.dtype != out_dtype:
+        A, W = A.float(), W.float()  # no rounding to A's dtype, or overflow in it, on the way
     product = torch.matmul(A, W.T)
     if bias is not None:
         product = product + bias
