@@ -33,8 +33,7 @@ lint:
 	$(PYTHON) -m mypy
 
 bench: $(VENV)/.test
-	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
-		&& $(BIN)/python benchmarks/gpu.py || $(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/$(if $(filter auto,$(WORKERS)),gpu,cpu).py
 
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
