@@ -100,6 +100,9 @@ class MatmulConfig:
         self._check_group()
         self._check_hints()
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # a kept string: calls look their config up in several caches
+
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
 
@@ -190,6 +193,7 @@ class MatmulConfig:
             raise TypeError(
                 f"fast_decoding: got {self.fast_decoding!r}, expected True, False or None"
             )
+        self._set("fast_decoding", bool(self.fast_decoding))
         for field in ("propagate_a", "propagate_b"):
             value = getattr(self, field)
             try:

@@ -29,17 +29,16 @@ _library.define(
 )
 
 
-def _backend(device: torch.device) -> ModuleType:
-    """The module whose `matmul` and `dequantize` serve a device."""
-    if device.type == "cpu":
+@cache
+def _backend(device_type: str) -> ModuleType:
+    """The module whose `matmul` and `dequantize` serve a device; imported when first needed."""
+    if device_type == "cpu":
         from . import cpu
 
         return cpu
-    if device.type == "cuda":
-        from .kernels import portable
+    from .kernels import portable
 
-        return portable
-    raise ValueError(f"A: is on {device}, expected a CPU or CUDA device")
+    return portable
 
 
 def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -119,7 +118,7 @@ def _rows(
     )
     rows = A.reshape(-1, A.shape[-1]).contiguous()
     if rows.shape[0]:
-        backend = _backend(A.device)
+        backend = _backend(A.device.type)
         backend.matmul(
             config,
             rows,
@@ -177,7 +176,7 @@ def _dequantize(
     if cfg.is_dense:
         return _dense_weight(cfg, W, scale).to(cfg.torch_A_dtype, copy=True)
     out = torch.empty((cfg.N, cfg.K), dtype=cfg.torch_A_dtype, device=W.device)
-    _backend(W.device).dequantize(
+    _backend(W.device.type).dequantize(
         cfg,
         _native_weight(cfg, W),
         out,
