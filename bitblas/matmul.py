@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import plan
 from .config import STORAGE_DTYPES, MatmulConfig, MatmulConfigWithSplitK
@@ -280,6 +281,8 @@ class Matmul(Operator):
             needs_grad = A.requires_grad or (bias is not None and bias.requires_grad)
             if needs_grad or torch.compiler.is_compiling():
                 return torch.ops.bitblas.matmul(*operands)
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(A).tangent is not None:
+                raise ValueError("A: carries a tangent; only reverse-mode gradients are there")
             # past the autograd formula: 13 of the 85 us of a small call on a Zen 3
             with torch._C._AutoDispatchBelowAutograd():
                 return torch.ops.bitblas.matmul(*operands)

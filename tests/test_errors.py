@@ -403,3 +403,12 @@ def test_operand_on_the_gpu_beside_a_on_the_cpu_is_refused(name):
     given[name] = given[name].cuda()
     with pytest.raises(ValueError, match=rf"{name}: is on cuda:0, expected cpu"):
         op(**given)
+
+
+def test_forward_mode_is_refused_rather_than_given_zero_tangents():
+    config = MatmulConfig(1, 32, 64, "float32", "uint4", "float32")
+    matmul = Matmul(config, target="cpu")
+    W = matmul.transform_weight(torch.zeros((32, 64), dtype=torch.int8))
+    A = torch.ones((1, 64))
+    with pytest.raises(ValueError, match="A: carries a tangent"):
+        torch.func.jvp(lambda a: matmul(a, W), (A,), (A,))
