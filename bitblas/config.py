@@ -253,6 +253,12 @@ class MatmulConfig:
         return TORCH_DTYPES[self.out_dtype]
 
     @cached_property
+    def element_bits(self) -> int:
+        """Width of the elements that GPU matrix instructions multiply: 16, or 8 for 8-bit and
+        int4 activations."""
+        return 16 if self.A_dtype in FLOAT_ACTIVATIONS else 8
+
+    @cached_property
     def scale_dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes of scale and unpacked zeros; the first is what Linear allocates."""
         if self.format.scale_encoding is not None:

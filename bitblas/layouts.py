@@ -205,6 +205,7 @@ class Fragment:
 
 PLAIN, ROW16 = Plain(), Row16()
 FRAGMENT_16, FRAGMENT_8 = Fragment(16), Fragment(8)
+FRAGMENTS = {16: FRAGMENT_16, 8: FRAGMENT_8}  # by the width of the matrix instruction's elements
 Layout = Plain | Row16 | Fragment
 _BY_RANK: dict[int, Layout] = {2: PLAIN, 3: ROW16, 5: FRAGMENT_16, 6: FRAGMENT_8}
 

@@ -12,6 +12,7 @@ from torch import nn
 from . import checkpoint
 from .cache import get_database_path
 from .config import FLOAT_ACTIVATIONS, TORCH_DTYPES, MatmulConfig
+from .formats import get_format
 from .gptq import GPTQOperands, read_gptq, unpack_qzeros, unpack_qzeros_v2
 from .layouts import (
     PLAIN,
@@ -171,7 +172,8 @@ class Linear(nn.Module):
 
     def forward(self, A: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
         """A: (..., in_features) in A_dtype (cast to it under autocast) -> (..., out_features)."""
-        if torch.is_autocast_enabled(A.device.type) and A.is_floating_point():
+        floating = A.is_floating_point() and self.config.A_dtype in FLOAT_ACTIVATIONS
+        if floating and torch.is_autocast_enabled(A.device.type):
             A = A.to(self.torch_dtype)
         if self.perm is not None:
             A = A.index_select(-1, self.perm)
@@ -281,7 +283,7 @@ class Linear(nn.Module):
         dtype = {v: k for k, v in TORCH_DTYPES.items()}.get(weight.dtype, str(weight.dtype))
         kwargs = {"A_dtype": dtype, "out_dtype": dtype, **kwargs}
         if with_zeros is None:
-            with_zeros = W_dtype.startswith("uint")
+            with_zeros = get_format(W_dtype).source_format == "uint"
         module = cls(
             linear.in_features,
             linear.out_features,

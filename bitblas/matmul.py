@@ -146,8 +146,8 @@ class Matmul(Operator):
         """Logical values -> the packed weight, on the same device.
 
         weight: (N, K), or (K, N) for layouts "nn" and "tn". Integers in any dtype for integer
-        formats; codes for nf4 and fp4; an fp8 tensor or its bytes for fp8. Extras are validated if
-        given; their missing is no error here.
+        formats; codes for nf4 and fp4; an fp8 tensor or its bytes for fp8. Extras that are given
+        are validated; only the packed weight is returned.
 
         Raises ValueError for a wrong shape or a value that the format cannot hold.
         """

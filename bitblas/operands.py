@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 
 from .config import STORAGE_DTYPES, MatmulConfig
-from .layouts import FRAGMENT_8, FRAGMENT_16, ROW16, Fragment, Layout, layout_of
+from .layouts import FRAGMENTS, ROW16, Fragment, Layout, layout_of
 
 
 def native_layout(config: MatmulConfig, device_type: str) -> Layout:
     """The packed layout that the backend of a device reads."""
-    if device_type == "cpu":
-        return ROW16
-    return FRAGMENT_16 if config.A_dtype in ("float16", "bfloat16", "float32") else FRAGMENT_8
+    return ROW16 if device_type == "cpu" else FRAGMENTS[config.element_bits]
 
 
 def dense_weight_shape(config: MatmulConfig) -> tuple[int, int]:

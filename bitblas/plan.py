@@ -31,17 +31,26 @@ def pick(config: MatmulConfig, m: int, device: torch.device) -> dict[str, Any]:
 
 def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> None:
     """Time `call`, of m rows, with the first `topk` candidates; record the fastest."""
+    from triton.runtime.errors import OutOfResources
+
     from .kernels import portable
 
     choices = cache.recorded_choices(config, cache.device_name(torch.device("cuda")))
     best: tuple[float, dict[str, Any] | None] = (float("inf"), None)
-    for tile in portable.candidates(config, m)[:topk]:
-        choices[m] = dataclasses.asdict(tile)
-        milliseconds = gpu_milliseconds(call)
-        logger.debug("m=%d %s: %.4f ms", m, tile, milliseconds)
-        best = min(best, (milliseconds, choices[m]), key=lambda pair: pair[0])
-    if best[1] is not None:
-        choices[m] = best[1]
+    try:
+        for tile in portable.candidates(config, m)[:topk]:
+            choices[m] = dataclasses.asdict(tile)
+            try:
+                milliseconds = gpu_milliseconds(call)
+            except OutOfResources as error:  # a tile for GPUs with more shared memory
+                logger.debug("m=%d %s: %s", m, tile, error)
+                continue
+            logger.debug("m=%d %s: %.4f ms", m, tile, milliseconds)
+            best = min(best, (milliseconds, choices[m]), key=lambda pair: pair[0])
+    finally:  # never leave a choice behind that was only being tried
+        choices.pop(m, None)
+        if best[1] is not None:
+            choices[m] = best[1]
 
 
 def gpu_milliseconds(call: Callable[[], Any]) -> float:

@@ -258,6 +258,14 @@ def test_autocast_casts_the_input(seed, given):
     check(problem, out)
 
 
+@pytest.mark.parametrize("A_dtype", ["int8", "e4m3_float8"])
+def test_autocast_does_not_turn_floats_into_8_bits(A_dtype):
+    layer = bitblas.Linear(64, 32, A_dtype=A_dtype, W_dtype="int4").to(DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="A: got torch.float32"):
+            layer(torch.randn(2, 64, device=DEVICE))
+
+
 def test_gradient_flows_through_autocast(seed):
     layer, problem = make_layer(seed, A_dtype="bfloat16", out_dtype="bfloat16")
     A = problem.A.float().requires_grad_()

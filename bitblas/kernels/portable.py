@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..config import FP8_ACTIVATIONS, INTEGER_ACTIVATIONS, MatmulConfig, MatmulConfigWithSplitK
+from ..config import INTEGER_ACTIVATIONS, MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Affine, MiniFloat, Table
-from ..layouts import FRAGMENT_8, FRAGMENT_16, Fragment, planes
+from ..layouts import FRAGMENTS, Fragment, planes
 from . import portable_kernels as kernels
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
@@ -61,8 +61,7 @@ def serves(config: MatmulConfig) -> bool:
 
 def layout(config: MatmulConfig) -> Fragment:
     """The packed layout that the kernels read."""
-    narrow = config.A_dtype in INTEGER_ACTIVATIONS + FP8_ACTIVATIONS
-    return FRAGMENT_8 if narrow else FRAGMENT_16
+    return FRAGMENTS[config.element_bits]
 
 
 def matmul(
@@ -175,7 +174,7 @@ def _crowded(config: MatmulConfig) -> bool:
 
 def _smallest_block_k(config: MatmulConfig) -> int:
     """The fewest values of k whose words can be read apart: whole k-steps in whole words."""
-    element_bits = layout(config).element_bits
+    element_bits = config.element_bits
     return max(64 // width * max(1, 4 * width // element_bits) for width, _ in planes(config.bits))
 
 
@@ -308,7 +307,6 @@ def dequantize_launch(
 
 
 @lru_cache(maxsize=4096)
-@lru_cache(maxsize=4096)
 def _matmul_constants(
     config: MatmulConfig,
     tile: Tile,
@@ -378,7 +376,7 @@ def _zero_in_weight(config: MatmulConfig, zeros_kind: str, out_dtype: torch.dtyp
 @lru_cache(maxsize=4096)
 def _format_constants(config: MatmulConfig) -> dict[str, Any]:
     fmt = config.format
-    decoder, place = fmt.decoder, layout(config)
+    decoder = fmt.decoder
     fields: tuple[str, Any, Any, Any, Any]
     if isinstance(decoder, Affine):
         fields = ("affine", decoder.step, decoder.offset, decoder.flip, 0)
@@ -394,8 +392,8 @@ def _format_constants(config: MatmulConfig) -> dict[str, Any]:
         fields = ("table", decoder.entries, 0, 0, 0)
     return {
         "BITS": fmt.bits,
-        "ELEMENT_BITS": place.element_bits,
-        "TILE_K": place.block_k(fmt.bits),
+        "ELEMENT_BITS": config.element_bits,
+        "TILE_K": layout(config).block_k(fmt.bits),
         **dict(zip(("KIND", "D0", "D1", "D2", "D3"), fields, strict=True)),
     }
 
