@@ -1,0 +1,160 @@
+"""Every difference between Triton releases that the kernels meet (docs/triton_versions.md).
+
+Triton is the one that the user's PyTorch pins, and Gluon is experimental: names and calling
+conventions move between releases. Kernels take Gluon's names from here; nothing else imports
+triton.experimental. Where Gluon cannot serve, these names are missing, so ask first:
+
+    if versions.gluon_available():
+        from . import decode_kernels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import triton
+
+from ..log import logger
+
+TESTED = ("3.6.0", "3.8.0", "3.9.0")  # each kernel compiled: make compat
+
+_MISSING: str | None = None
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_init,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Renamed in 3.8. Not attributes of their modules, so that kernels name them the same way.
+    thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+    if hasattr(tma, "async_load"):
+        tma_load, tma_store = tma.async_load, tma.async_store
+    else:
+        tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+    if hasattr(async_copy, "async_load"):
+        copy_async = async_copy.async_load
+    else:
+        copy_async = async_copy.async_copy_global_to_shared
+except (ImportError, AttributeError) as error:
+    _MISSING = str(error)
+
+__all__ = [
+    "TESTED",
+    "GluonASTSource",
+    "TensorDescriptor",
+    "async_copy",
+    "copy_async",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "gluon_available",
+    "hopper",
+    "is_gluon",
+    "mbarrier",
+    "mma_v2",
+    "raw_launcher",
+    "refuse_gluon",
+    "thread_barrier",
+    "tma",
+    "tma_load",
+    "tma_store",
+    "warpgroup_mma",
+    "warpgroup_mma_init",
+    "warpgroup_mma_wait",
+    "why_no_gluon",
+]
+
+_refused: str | None = None
+
+
+def gluon_available() -> bool:
+    """Whether Gluon kernels can be used; the first time they cannot, one line is logged."""
+    reason = why_no_gluon()
+    if reason is not None:
+        _report(reason)
+    return reason is None
+
+
+def why_no_gluon() -> str | None:
+    """Why Gluon kernels cannot be used; None if they can."""
+    if _refused is not None:
+        return _refused
+    if _release(triton.__version__) < _release(TESTED[0]):
+        return f"needs Triton {TESTED[0]} or later"
+    return _MISSING
+
+
+def refuse_gluon(reason: str) -> None:
+    """Have no Gluon kernel used from here on: for a release that does not compile them."""
+    global _refused
+    _refused = reason
+    gluon_available()
+
+
+@cache
+def _report(reason: str) -> None:
+    logger.warning(
+        "Gluon kernels are off, portable ones serve: %s (Triton %s; tested with %s)",
+        reason, triton.__version__, ", ".join(TESTED),
+    )  # fmt: skip
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(3, 6) of "3.6.0+git1234"."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def is_gluon(function: Any) -> bool:
+    """Whether a jitted function is a Gluon kernel."""
+    return bool(function.is_gluon())
+
+
+def raw_launcher(compiled: Any) -> Callable[..., None]:
+    """launch(grid_x, grid_y, grid_z, stream, *arguments) of a CompiledKernel, on its device.
+
+    arguments: a value for each parameter of the kernel in its order, constexpr ones too (any
+    object; None is quickest). A pointer is a tensor or, quicker because the driver is not asked
+    about it, an int. stream is the integer handle. Launch hooks (profilers) are not called. The
+    compile option launch_pdl holds.
+
+    CompiledKernel.run is the same in all releases, and the fallback for a kernel that needs
+    scratch memory; under it 3.8 moved the scratch pointers and packed the arguments.
+    """
+    launcher = compiled.run  # loads the binary
+    function, metadata = compiled.function, compiled.packed_metadata
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+
+        def checked(grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
+            launcher(
+                grid_x, grid_y, grid_z, stream, function, metadata, None, None, None, *arguments
+            )
+
+        return checked
+    launch: Callable[..., None] = launcher.launch
+    flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    if hasattr(launcher, "arg_annotations"):  # 3.8 and later
+        middle = (function, *flags, metadata, None, None, None, None, None)
+        packing = (launcher.arg_annotations, launcher.kernel_signature)
+
+        def packed(grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
+            launch(grid_x, grid_y, grid_z, stream, *middle, *packing, arguments)
+
+        return packed
+    head = (function, *flags, None, None, metadata, None, None, None)
+
+    def direct(grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
+        launch(grid_x, grid_y, grid_z, stream, *head, *arguments)
+
+    return direct
