@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from .portable import Launch
+from . import versions
+from .launch import Launch, Workspace
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -51,22 +51,24 @@ class Statistics:
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
-    """The launch's kernel compiled for compute capability `arch` (90 for 9.0)."""
+    """The launch's kernel, Triton or Gluon, compiled for compute capability `arch` (90 for 9.0)."""
     function = launch.function
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(function.arg_names):
         value = launch.arguments.get(name, launch.constants.get(name))
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.Tensor, Workspace)):
             signature[name] = _POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif (descriptor := versions.descriptor_type(value)) is not None:
+            signature[name] = descriptor
         elif name in launch.arguments and value is not None:
             signature[name] = "i32"
         else:
             signature[name] = "constexpr"
             constants[name] = value
-    source = ASTSource(function, signature, constants, attributes)
+    source = versions.source_class(function)(function, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import triton
+from triton.compiler import ASTSource
 
 from ..log import logger
 
@@ -22,6 +23,7 @@ TESTED = ("3.6.0", "3.8.0", "3.9.0")  # each kernel compiled: make compat
 
 _MISSING: str | None = None
 try:
+    from triton._utils import canonicalize_dtype
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -56,6 +58,7 @@ __all__ = [
     "TensorDescriptor",
     "async_copy",
     "copy_async",
+    "descriptor_type",
     "fence_async_shared",
     "gl",
     "gluon",
@@ -66,6 +69,7 @@ __all__ = [
     "mma_v2",
     "raw_launcher",
     "refuse_gluon",
+    "source_class",
     "thread_barrier",
     "tma",
     "tma_load",
@@ -118,7 +122,20 @@ def _release(version: str) -> tuple[int, ...]:
 
 def is_gluon(function: Any) -> bool:
     """Whether a jitted function is a Gluon kernel."""
-    return bool(function.is_gluon())
+    return _MISSING is None and bool(function.is_gluon())
+
+
+def source_class(function: Any) -> Any:
+    """What triton.compile takes: source_class(f)(f, signature, constants, attributes)."""
+    return GluonASTSource if is_gluon(function) else ASTSource
+
+
+def descriptor_type(value: Any) -> str | None:
+    """The type of a TensorDescriptor in a source's signature; None for other values."""
+    if _MISSING is not None or not isinstance(value, TensorDescriptor):
+        return None
+    shape = ",".join(map(str, value.block_shape))
+    return f"tensordesc<{canonicalize_dtype(value.base.dtype)}[{shape}],{value.layout!r}>"
 
 
 def raw_launcher(compiled: Any) -> Callable[..., None]:
