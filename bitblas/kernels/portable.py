@@ -6,7 +6,6 @@ be captured in a CUDA graph. `candidates` lists the tiles worth measuring for a 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ from ..config import INTEGER_ACTIVATIONS, MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Affine, MiniFloat, Table
 from ..layouts import FRAGMENTS, Fragment, planes
 from . import portable_kernels as kernels
+from .launch import Launch, Workspace, execute
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
@@ -34,28 +34,8 @@ class Tile:
     split_k: int = 1  # parts of K that different blocks sum up ("gemm" only)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with everything it is started with."""
-
-    function: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-    def run(self) -> None:
-        self.function[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
-
-
-def serves(config: MatmulConfig) -> bool:
-    """Whether this family computes the product: any but a dense one."""
+def serves(config: MatmulConfig, m: int = 1, arch: int = 80) -> bool:
+    """Whether this family computes the product of m rows on sm_`arch`: any but a dense one."""
     return not config.is_dense
 
 
@@ -82,11 +62,8 @@ def matmul(
     scale, zeros: (N, G), packed zeros (G, ceil(N*b/8)) int8. bias: (N,). input_scale: (m,) float32.
     global_scale: one float32. The caller has checked all of them.
     """
-    with _device_guard(A):
-        for step in launches(
-            config, A, W, out, scale, zeros, bias, input_scale, global_scale, tile
-        ):  # fmt: skip
-            step.run()
+    steps = launches(config, A, W, out, scale, zeros, bias, input_scale, global_scale, tile)
+    execute(steps, A.device)
 
 
 def dequantize(
@@ -98,8 +75,7 @@ def dequantize(
     global_scale: torch.Tensor | None = None,
 ) -> None:
     """out (N, K), float16, bfloat16 or float32: the weight in float32, rounded once."""
-    with _device_guard(W):
-        dequantize_launch(config, W, out, scale, zeros, global_scale).run()
+    execute([dequantize_launch(config, W, out, scale, zeros, global_scale)], W.device)
 
 
 def candidates(config: MatmulConfig, m: int, roomy: bool | None = None) -> list[Tile]:
@@ -232,12 +208,12 @@ def launches(
     if tile.split_k > 1:
         tile = replace(tile, split_k=min(tile.split_k, -(-config.K // tile.block_k)))
     epilogue = {"BIAS": bias, "INPUT_SCALE": input_scale, "GLOBAL_SCALE": global_scale}
-    target = out
+    target: torch.Tensor | Workspace = out
     if tile.split_k > 1:
         exact = config.A_dtype in INTEGER_ACTIVATIONS and scale is None
         exact = exact and (zeros is None or zeros.dtype == torch.int8)
         parts_dtype = torch.int32 if exact else torch.float32
-        target = out.new_empty((tile.split_k, m, config.N), dtype=parts_dtype)
+        target = Workspace((tile.split_k, m, config.N), parts_dtype)
     arguments = {
         "A": _bytes(A),
         "W": W.view(torch.int32),
@@ -261,12 +237,13 @@ def launches(
         function, grid = kernels.gemm_kernel, (blocks_m * blocks_n, tile.split_k)
     steps = [Launch(function, grid, arguments, constants, tile.num_warps, tile.num_stages)]
     if tile.split_k > 1:
+        assert isinstance(target, Workspace)
         steps.append(_sum_parts(target, out, epilogue))
     return steps
 
 
 def _sum_parts(
-    parts: torch.Tensor, out: torch.Tensor, epilogue: dict[str, torch.Tensor | None]
+    parts: Workspace, out: torch.Tensor, epilogue: dict[str, torch.Tensor | None]
 ) -> Launch:
     """The second step of a product whose K was split."""
     split_k, m, n = parts.shape
@@ -446,10 +423,3 @@ def pair_assembly(decoder: Affine, bits: int, A_dtype: str, with_zero: bool) -> 
 def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
     """fp8 tensors as bytes: Triton takes fp8 pointers only where the GPU has the type."""
     return x.view(torch.uint8) if x is not None and x.dtype in _FP8 else x
-
-
-def _device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; make it x's."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()

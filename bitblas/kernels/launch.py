@@ -1,0 +1,93 @@
+"""What a kernel family hands over: launches, and the memory that they need besides the operands.
+
+A family (portable, decode, ...) is a module with
+
+    serves(config, m, arch) -> bool
+    candidates(config, m, ...) -> list of tiles, the first being the default
+    launches(config, A, W, out, scale, zeros, bias, input_scale, global_scale, tile) -> list[Launch]
+
+`launches` describes and allocates nothing: it is also called with tensors on the meta device, to
+compile without a GPU and to prepare the calls that follow. A Launch's arguments are the operands
+themselves (or views of them), ints, None, and the placeholders Workspace and Counters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """A temporary of the call, not initialised: every use of the same object is the same memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Counters:
+    """`size` int32 that are zero when a kernel starts and that it leaves at zero.
+
+    One buffer serves all calls of a stream, so a kernel that is started before the one ahead of it
+    is done (launch_pdl) may touch its counters only after waiting for it.
+    """
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is started with.
+
+    function: a @triton.jit or @gluon.jit function. arguments: the parameters that are no constexpr
+    (None becomes one). options: further compile options, such as {"maxnreg": 128} and
+    {"launch_pdl": True}.
+    """
+
+    function: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def execute(steps: Iterable[Launch], device: torch.device) -> None:
+    """Start the launches in turn on the current stream of the operands' device."""
+    with _device_guard(device):
+        temporaries: dict[Any, torch.Tensor] = {}
+        for step in steps:
+            arguments = {k: _memory(v, temporaries, device) for k, v in step.arguments.items()}
+            step.function[step.grid](
+                **arguments,
+                **step.constants,
+                num_warps=step.num_warps,
+                num_stages=step.num_stages,
+                **step.options,
+            )
+
+
+def _memory(value: Any, temporaries: dict[Any, torch.Tensor], device: torch.device) -> Any:
+    """The tensor that a placeholder stands for in this call; other arguments as they are."""
+    if not isinstance(value, (Workspace, Counters)):
+        return value
+    if value not in temporaries:
+        temporaries[value] = (
+            torch.empty(value.shape, dtype=value.dtype, device=device)
+            if isinstance(value, Workspace)
+            else torch.zeros(value.size, dtype=torch.int32, device=device)
+        )
+    return temporaries[value]
+
+
+def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; make it the operands'."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
