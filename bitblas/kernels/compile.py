@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from . import versions
-from .launch import Launch, Workspace
+from .launch import Counters, Launch, Workspace
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -61,6 +61,9 @@ def compile_launch(launch: Launch, arch: int) -> Any:
         if isinstance(value, (torch.Tensor, Workspace)):
             signature[name] = _POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, Counters):
+            signature[name] = "*i32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
         elif (descriptor := versions.descriptor_type(value)) is not None:
             signature[name] = descriptor
         elif name in launch.arguments and value is not None:
@@ -69,7 +72,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
             signature[name] = "constexpr"
             constants[name] = value
     source = versions.source_class(function)(function, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from ..log import logger
 
-TESTED = ("3.6.0", "3.8.0", "3.9.0")  # each kernel compiled: make compat
+TESTED = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")  # each kernel compiled: make compat
 
 _MISSING: str | None = None
 try:
@@ -39,7 +39,7 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Renamed in 3.8. Not attributes of their modules, so that kernels name them the same way.
+    # Renamed in 3.7 (barrier) and 3.8.
     thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     if hasattr(tma, "async_load"):
         tma_load, tma_store = tma.async_load, tma.async_store
@@ -147,7 +147,7 @@ def raw_launcher(compiled: Any) -> Callable[..., None]:
     compile option launch_pdl holds.
 
     CompiledKernel.run is the same in all releases, and the fallback for a kernel that needs
-    scratch memory; under it 3.8 moved the scratch pointers and packed the arguments.
+    scratch memory; under it 3.7 moved the scratch pointers and packed the arguments.
     """
     launcher = compiled.run  # loads the binary
     function, metadata = compiled.function, compiled.packed_metadata
@@ -161,7 +161,7 @@ def raw_launcher(compiled: Any) -> Callable[..., None]:
         return checked
     launch: Callable[..., None] = launcher.launch
     flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    if hasattr(launcher, "arg_annotations"):  # 3.8 and later
+    if hasattr(launcher, "arg_annotations"):  # 3.7 and later
         middle = (function, *flags, metadata, None, None, None, None, None)
         packing = (launcher.arg_annotations, launcher.kernel_signature)
 
