@@ -1,0 +1,240 @@
+"""All kernels of one product side by side, product after product."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import plan
+from ..config import MatmulConfig
+from ..matmul import Matmul
+from .cases import (
+    draw_activation,
+    draw_weight,
+    poisoned,
+    relative_error,
+    tolerance,
+)
+from .peers import LEEWAY, Peer, Product, UnsupportedError
+from .report import Report, Row
+from .timing import Timer
+
+Extras = dict[str, torch.Tensor]
+OurProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Extras], Any]  # A, W, out, extras
+
+
+class WrongResultError(Exception):
+    """A product is not what the reference says."""
+
+
+class DeviceLostError(Exception):
+    """The GPU takes no more work from this process."""
+
+
+def dense_dtype(A_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the dense product is computed in: A's dtype; for 8-bit A float16, float32 on a CPU."""
+    if A_dtype.is_floating_point and A_dtype.itemsize > 1:
+        return A_dtype
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def our_products(
+    operator: Matmul, m: int, device: torch.device, all_tiles: bool
+) -> list[tuple[str, OurProduct]]:
+    """(kernel, product): what serves a call, or every tile of the kernel families."""
+
+    def served(A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> Any:
+        return operator(A, W, output=out, **extras)
+
+    if device.type == "cpu":
+        return [("bitblas", served)]
+    from ..kernels import portable
+
+    if not all_tiles:
+        tile = plan.pick(operator.config, m, device).get("tile")
+        return [(_tile_name(tile or portable.candidates(operator.config, m)[0]), served)]
+
+    def with_tile(tile: portable.Tile) -> OurProduct:
+        return lambda A, W, out, extras: portable.matmul(
+            operator.config, A, W, out, tile=tile, **extras
+        )
+
+    tiles = portable.candidates(operator.config, m)
+    return [(_tile_name(tile), with_tile(tile)) for tile in tiles]
+
+
+def _tile_name(tile: Any) -> str:
+    return " ".join(str(value) for value in dataclasses.astuple(tile))
+
+
+class Products:
+    """One quantised weight in as many copies as cold calls need, for us, the peers and torch."""
+
+    def __init__(self, config: MatmulConfig, timer: Timer, peers: Sequence[Peer]) -> None:
+        device = timer.device
+        self.config, self.timer = config, timer
+        self.operator = Matmul(config, target="cpu" if device.type == "cpu" else None)
+        self.weight = draw_weight(config, self.operator, device)
+        count = timer.copies(self.weight.nbytes)
+        self.copies = [self.weight.copy() for _ in range(count)]
+        self.peers: dict[str, list[Product]] = {}
+        self.unsupported: dict[str, str] = {}
+        for peer in peers:
+            try:
+                self.peers[peer.name] = [peer.prepare(self.weight) for _ in range(count)]
+            except UnsupportedError as reason:
+                self.unsupported[peer.name] = str(reason)
+            except Exception as error:  # another library's: whatever it raises, it is left out
+                self.unsupported[peer.name] = _in_a_line(error)
+        dense = self.weight.exact.to(dense_dtype(config.torch_A_dtype, device))
+        self.dense = [dense.clone() for _ in range(timer.copies(dense.nbytes))]
+
+    def ours(
+        self, A: torch.Tensor, all_tiles: bool, fail: Callable[[Exception], None]
+    ) -> list[tuple[str, float, Any]]:
+        """(kernel, relative error, prepared calls) of our products with A; `fail` hears of those
+        that are wrong or do not run."""
+        m, config, device = A.shape[0], self.config, self.timer.device
+        result = []
+        for name, product in our_products(self.operator, m, device, all_tiles):
+            try:
+                out = poisoned((m, config.N), config.torch_out_dtype, device)
+                product(A, self.weight.packed, out, self.weight.extras)
+                error = self._checked(out, A, tolerance(config), name)
+                calls = [partial(product, A, W, out, extras) for W, extras in self.copies]
+                result.append((name, error, self.timer.prepare(calls)))
+            except Exception as failure:
+                fail(failure)
+        return result
+
+    def theirs(self, A: torch.Tensor, note: Callable[[str], None]) -> list[tuple[str, float, Any]]:
+        """The same of the peers; those that are wrong or do not run are noted and left out."""
+        config, result = self.config, []
+        for name, products in self.peers.items():
+            try:
+                # freed at once: the memory that the result may then take over
+                poisoned((A.shape[0], config.N), config.torch_out_dtype, A.device)
+                error = self._checked(products[0](A), A, LEEWAY * tolerance(config), name)
+                prepared = self.timer.prepare([partial(product, A) for product in products])
+                result.append((name, error, prepared))
+            except Exception as failure:  # another library's: whatever it raises, it is left out
+                note(f"{name} left out ({config.W_dtype}, m = {A.shape[0]}): {_in_a_line(failure)}")
+        return result
+
+    def _checked(self, got: torch.Tensor, A: torch.Tensor, allowed: float, name: str) -> float:
+        error = relative_error(got, A, self.weight)
+        if not error <= allowed:
+            raise WrongResultError(f"{name}: relative error {error:.1e}, allowed {allowed:.0e}")
+        return error
+
+    def dense_calls(self, m: int) -> Any:
+        """torch.mm with the dequantised weight, prepared."""
+        dtype, device = self.dense[0].dtype, self.timer.device
+        A = torch.randn(m, self.config.K, device=device).to(dtype)
+        out = torch.empty((m, self.config.N), dtype=dtype, device=device)
+        return self.timer.prepare([partial(torch.mm, A, W.T, out=out) for W in self.dense])
+
+
+class Suite:
+    """A run over configs and row counts. What goes wrong in a case is kept in `failures`, and the
+    other cases are timed all the same; `notes` say what was left out and why.
+
+    budget: seconds after which no further case is started.
+    """
+
+    def __init__(
+        self,
+        timer: Timer,
+        report: Report,
+        peers: Sequence[Peer],
+        all_tiles: bool = False,
+        budget: float | None = None,
+    ) -> None:
+        self.timer, self.report, self.peers = timer, report, peers
+        self.all_tiles = all_tiles
+        self.stop_at = time.monotonic() + budget if budget is not None else float("inf")
+        self.failures: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            print(text, flush=True)
+            self.notes.append(text)
+
+    def fail(self, config: MatmulConfig, m: int | None, error: Exception) -> None:
+        text = f"FAILED {config.W_dtype} x {config.A_dtype}, N={config.N}, K={config.K}"
+        text += f", m={m}: {_in_a_line(error)}" if m is not None else f": {_in_a_line(error)}"
+        print(text, flush=True)
+        if not isinstance(error, WrongResultError):
+            traceback.print_exception(error)
+        self.failures.append(text)
+        if self.timer.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except Exception as lost:
+                raise DeviceLostError(str(lost)) from error
+
+    def run(self, configs: Sequence[MatmulConfig], rows: Sequence[int]) -> None:
+        """Time every config at every m of `rows`."""
+        left = len(configs) * len(rows)
+        try:
+            for config in configs:
+                if time.monotonic() > self.stop_at:
+                    break
+                left -= self._run_config(config, rows)
+        except DeviceLostError as error:
+            self.note(f"the GPU is lost to this process, the rest is not timed: {error}")
+        if time.monotonic() > self.stop_at and left:
+            self.note(f"{left} of {len(configs) * len(rows)} cases not started: budget spent")
+
+    def _run_config(self, config: MatmulConfig, rows: Sequence[int]) -> int:
+        """How many cases of the config are over."""
+        try:
+            products = Products(config, self.timer, self.peers)
+        except Exception as error:
+            self.fail(config, None, error)
+            return len(rows)
+        for name, reason in products.unsupported.items():
+            self.note(f"{name} left out: {reason}")
+        for done, m in enumerate(rows):
+            if time.monotonic() > self.stop_at:
+                return done
+            try:
+                self._run_case(products, m)
+            except DeviceLostError:
+                raise
+            except Exception as error:
+                self.fail(config, m, error)
+        return len(rows)
+
+    def _run_case(self, products: Products, m: int) -> None:
+        weight_bytes, dense_bytes = products.weight.nbytes, products.dense[0].nbytes
+        A = draw_activation(products.config, m, self.timer.device)
+        variants = products.ours(
+            A, self.all_tiles, lambda error: self.fail(products.config, m, error)
+        )
+        if not variants:
+            return
+        variants += products.theirs(A, self.note)
+        prepared = [calls for _, _, calls in variants]
+        dense_us, *times = self.timer.medians([products.dense_calls(m), *prepared])
+        read_us = self.timer.read(weight_bytes)
+        for (kernel, error, _), us in zip(variants, times):
+            row = Row(
+                products.config, m, us, dense_us, read_us, error, kernel, weight_bytes,
+                dense_bytes, kernel in products.peers,
+            )  # fmt: skip
+            self.report.add(row)
+
+
+def _in_a_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    name = "" if isinstance(error, WrongResultError) else f"{type(error).__name__}: "
+    return (name + text)[:300]
