@@ -1,6 +1,6 @@
 # make demo   set up, then run the library on real input (GPU if there is one, else CPU)
 # make test   set up, then lint, type-check and run every test
-# make bench  set up, then time products beside torch's (benchmarks/gpu.py or cpu.py)
+# make bench  set up, then time products beside torch's; more: .venv/bin/python -m bitblas bench -h
 # make check  the same tests in the current Python environment, without setting anything up
 
 PYTHON ?= python3
@@ -32,8 +32,8 @@ lint:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/$(if $(filter auto,$(WORKERS)),gpu,cpu).py
+bench: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python -m bitblas bench
 
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ $(VENV)/.torch: Makefile
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
