@@ -148,6 +148,15 @@ def test_a_product_that_writes_nothing_is_found(bench, monkeypatch):
     assert not result.rows
 
 
+def test_a_result_that_goes_wrong_while_it_is_timed_is_found(bench, monkeypatch):
+    calls = iter(range(1000))
+    broken("int4", lambda out: out[0, 0].add_(next(calls) // 3), monkeypatch)
+    result = bench("--w", "int4", "--m", "1", "--no-peers")
+    assert result.status == 1
+    assert "after it was timed: relative error" in result.page
+    assert not result.rows
+
+
 def test_an_exception_loses_no_other_case(bench, monkeypatch):
     def fail(out):
         raise RuntimeError("no such kernel")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config import MatmulConfig
+from ..operands import input_features
 from ..version import __version__
 
 COLUMNS = ("w", "a", "group", "n", "k", "m", "us", "cublas_us", "read_us", "rel_err", "kernel")
@@ -44,7 +45,7 @@ class Row:
     def nbytes(self) -> float:
         """What a product must move at least: weight with extras, activations and result."""
         config = self.config
-        activations = config.K * config.torch_A_dtype.itemsize
+        activations = input_features(config) * config.torch_A_dtype.itemsize
         return self.weight_bytes + self.m * (
             activations + config.N * config.torch_out_dtype.itemsize
         )

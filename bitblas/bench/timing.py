@@ -12,6 +12,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -45,6 +46,10 @@ class Timer(ABC):
         """Run the calls once and make them ready for `medians`; raises what the calls raise."""
 
     @abstractmethod
+    def run(self, variant: Any) -> None:
+        """What is timed of a prepared variant, once more, so that its result can be looked at."""
+
+    @abstractmethod
     def medians(self, variants: Sequence[Any]) -> list[float]:
         """Median microseconds of one call of each prepared variant; they take turns."""
 
@@ -59,6 +64,15 @@ class Timer(ABC):
         return self._reads[size]
 
 
+@dataclass
+class Graph:
+    """A graph of `count` calls. It holds addresses only: `calls` keeps the operands alive."""
+
+    graph: torch.cuda.CUDAGraph
+    count: int
+    calls: Sequence[Call]
+
+
 class GpuTimer(Timer):
     """CUDA-graph replays, timed by events."""
 
@@ -68,7 +82,7 @@ class GpuTimer(Timer):
         self._properties = torch.cuda.get_device_properties(device)
         self.cold_bytes = 4 * self._properties.L2_cache_size
 
-    def prepare(self, calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+    def prepare(self, calls: Sequence[Call]) -> Graph:
         for call in calls:
             call()
         torch.cuda.synchronize()
@@ -78,7 +92,10 @@ class GpuTimer(Timer):
         repeats = min(int(GRAPH_MS / milliseconds) + 1, MOST_GRAPH_CALLS // len(calls))
         if repeats > 1:
             graph = self._capture(list(calls) * repeats)
-        return graph, len(calls) * max(repeats, 1)
+        return Graph(graph, len(calls) * max(repeats, 1), calls)
+
+    def run(self, variant: Graph) -> None:
+        variant.graph.replay()
 
     @staticmethod
     def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
@@ -101,15 +118,16 @@ class GpuTimer(Timer):
         end.synchronize()
         return start.elapsed_time(end)
 
-    def medians(self, variants: Sequence[tuple[torch.cuda.CUDAGraph, int]]) -> list[float]:
-        for graph, _ in variants:  # clocks up, first touches done
-            graph.replay()
+    def medians(self, variants: Sequence[Graph]) -> list[float]:
+        for one in variants:  # clocks up, first touches done
+            one.graph.replay()
         # no waiting in between: a graph then starts right after the one before
-        turns = [[self._events(graph) for graph, _ in variants] for _ in range(self.rounds)]
+        turns = [[self._events(one.graph) for one in variants] for _ in range(self.rounds)]
         torch.cuda.synchronize()
+        times = [[start.elapsed_time(end) for start, end in turn] for turn in turns]
         return [
-            statistics.median(turn[i][0].elapsed_time(turn[i][1]) for turn in turns) * 1e3 / count
-            for i, (_, count) in enumerate(variants)
+            statistics.median(column) * 1e3 / one.count
+            for one, column in zip(variants, zip(*times))
         ]
 
     def _time_read(self, size: int) -> float:
@@ -144,6 +162,9 @@ class CpuTimer(Timer):
     def prepare(self, calls: Sequence[Call]) -> Iterator[Call]:
         calls[-1]()
         return cycle(calls)
+
+    def run(self, variant: Iterator[Call]) -> None:
+        next(variant)()
 
     def medians(self, variants: Sequence[Iterator[Call]]) -> list[float]:
         times: list[list[float]] = [[] for _ in variants]
