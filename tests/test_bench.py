@@ -72,7 +72,7 @@ def test_page_has_the_command_and_a_line_for_every_row(bench):
 
 
 def test_torch_int4_is_timed_beside_ours(bench):
-    result = bench("--w", "uint4", "--m", "2")
+    result = bench("--w", "uint4", "--a", "bfloat16", "--m", "2")
     assert [row["kernel"] for row in result.rows] == ["bitblas", "torch int4"]
 
 
@@ -323,10 +323,10 @@ def test_the_weight_handed_to_a_library_means_the_same_there(monkeypatch, peer, 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("W_dtype", ["int4", "uint4"])
 def test_torch_int4_gets_the_same_weight(W_dtype, zeros):
-    weight = draw(W_dtype, "float32", zeros=zeros)
+    weight = draw(W_dtype, "bfloat16", zeros=zeros)
     A = cases.draw_activation(weight.config, 4, CPU)
     error = cases.relative_error(peers.TorchInt4().prepare(weight)(A), A, weight)
-    assert error <= cases.tolerance(weight.config)
+    assert error <= peers.LEEWAY * cases.tolerance(weight.config)
 
 
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)

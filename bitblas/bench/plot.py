@@ -13,6 +13,7 @@ from .report import Row
 from .timing import Timer
 
 MARKERS = "os^vDP*X<>phd8"
+DASHES = ("--", ":", "-.")
 
 
 def available() -> bool:
@@ -31,13 +32,15 @@ def measured_roofs(timer: Timer, dtype: torch.dtype) -> tuple[float, float]:
     return size / timer.read(size) * 1e6, 2.0 * n**3 / peak_us * 1e6
 
 
-def _labels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def _labels(
+    rows: Sequence[Row], label: Callable[[Row], str] = lambda row: row.label
+) -> list[tuple[str, list[Row]]]:
     """Rows by their labels, with the shape where there are several."""
     several = len({(row.config.N, row.config.K) for row in rows}) > 1
     groups: dict[str, list[Row]] = {}
     for row in rows:
         shape = f" {row.config.N}x{row.config.K}" if several else ""
-        groups.setdefault(row.label + shape, []).append(row)
+        groups.setdefault(label(row) + shape, []).append(row)
     return list(groups.items())
 
 
@@ -109,8 +112,12 @@ def time_against_m(path: Path, title: str, rows: Sequence[Row], dense: str) -> N
                 lw=1,
                 label=label,
             )
-        times: dict[int, float] = {row.m: row.dense_us for row in reversed(rows)}
-        axes.loglog(sorted(times), [times[m] for m in sorted(times)], "k--", lw=1.2, label=dense)
+        for i, (label, members) in enumerate(_labels(rows, lambda row: dense)):
+            times = {row.m: row.dense_us for row in members}
+            points = sorted(times.items())
+            axes.loglog(
+                [m for m, _ in points], [us for _, us in points], DASHES[i % 3], c="k", label=label
+            )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("m")
         axes.set_ylabel("us")
