@@ -183,7 +183,7 @@ def time_chain(
     for layer in ours:
         for out in layer.out.values():
             out.copy_(poisoned(out.shape, out.dtype, device))
-    timer.medians(prepared[:1])  # again, now to be checked
+    timer.run(prepared[0])
     error = _error(ours, checked)
     allowed = max(tolerance(config) for config in configs.values())
     if not error <= allowed:
