@@ -33,6 +33,18 @@ Choices = dict[int, dict[str, Any]]  # rows of A -> the fields of the kernel's T
 
 _database_path: Path | None = None
 _choices: dict[tuple[str, str], Choices] = {}  # (problem key, device) -> choices known so far
+_generation = 0
+
+
+def generation() -> int:
+    """Another number whenever recorded choices have changed: what was prepared from them is old."""
+    return _generation
+
+
+def choices_changed() -> None:
+    """To be called after a change of any recorded choice."""
+    global _generation
+    _generation += 1
 
 
 def get_database_path() -> str:
@@ -49,6 +61,7 @@ def set_database_path(path: str | os.PathLike[str]) -> None:
     global _database_path
     _database_path = Path(path).expanduser().absolute()
     _choices.clear()
+    choices_changed()
 
 
 @cache
@@ -191,6 +204,7 @@ class OperatorCache:
                 continue
             config, choices = entry
             _choices.setdefault((config.problem_key, device), {}).update(choices)
+            choices_changed()
             if not self.exists(config):
                 self.add(config, Matmul(config, target=target, enable_tuning=False))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .operands import check_extras, dense_weight_shape, native_layout
 from .quantization import quantize_weight
 
 BITBLAS_DATABASE_PATH = get_database_path()
+
+_FETCHED = ("qweight", "weight", "perm", "scales", "zeros", "bias", "global_scale")
+_fetch = itemgetter(*_FETCHED)  # of a Linear's buffers
 
 
 class Linear(nn.Module):
@@ -172,20 +176,31 @@ class Linear(nn.Module):
 
     def forward(self, A: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
         """A: (..., in_features) in A_dtype (cast to it under autocast) -> (..., out_features)."""
-        floating = A.is_floating_point() and self.config.A_dtype in FLOAT_ACTIVATIONS
-        if floating and torch.is_autocast_enabled(A.device.type):
-            A = A.to(self.torch_dtype)
-        if self.perm is not None:
-            A = A.index_select(-1, self.perm)
-        return self.bitblas_matmul.forward(
+        matmul = self.bitblas_matmul
+        config = matmul.config
+        if torch.is_autocast_enabled(A.device.type) and A.is_floating_point():
+            if config.A_dtype in FLOAT_ACTIVATIONS:
+                A = A.to(config.torch_A_dtype)
+        qweight, weight, perm, scales, zeros, bias, global_scale = self._operands()
+        if perm is not None:
+            A = A.index_select(-1, perm)
+        return matmul.forward(
             A,
-            self.weight if self.config.is_dense else self.qweight,
-            scale=self.scales,
-            zeros=self.zeros,
-            bias=self.bias,
+            weight if config.is_dense else qweight,
+            scale=scales,
+            zeros=zeros,
+            bias=bias,
             output=output,
-            global_scale=self.global_scale,
+            global_scale=global_scale,
         )
+
+    def _operands(self) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling():
+            try:  # past nn.Module's slow look-up
+                return _fetch(self._buffers)
+            except KeyError:  # one was made a parameter
+                pass
+        return tuple([getattr(self, name) for name in _FETCHED])
 
     def warmup(self, topk: int = 20) -> None:
         """Measure kernel choices for opt_M on the GPU: Matmul.hardware_aware_finetune."""

@@ -24,7 +24,7 @@ from .operands import (
     native_layout,
     packed_shape,
 )
-from .torch_ops import Optional, dense_product
+from .torch_ops import Optional, Prepared, dense_product, prepare
 from .utils.target_detector import Target, resolve_target
 
 BITBLAS_TRICK_DTYPE_MAP: dict[str, tuple[str, int]] = {
@@ -79,15 +79,10 @@ class Matmul(Operator):
         super().__init__(config, name, target)
         self._key = config.key
         self._transposed_A = config.layout[0] == "t"
-        self._extras = tuple(
-            extra
-            for extra, enabled in (
-                ("scale", config.with_scaling),
-                ("zeros", config.with_zeros),
-                ("bias", config.with_bias),
-            )
-            if enabled
-        )
+        self._repeats = self.target.is_gpu and not config.is_dense and not self._transposed_A
+        self._calls: dict[Any, Prepared | None] = {}
+        enabled = (config.with_scaling, config.with_zeros, config.with_bias)
+        self._places = tuple(place for place, on in enumerate(enabled) if on)
 
     def __getattr__(self, field: str) -> Any:
         """Every field of the config reads as an attribute of the operator."""
@@ -99,6 +94,10 @@ class Matmul(Operator):
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {field!r}"
             ) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles prepare their calls anew."""
+        return {**self.__dict__, "_calls": {}}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, target={str(self.target)!r})"
@@ -210,19 +209,21 @@ class Matmul(Operator):
 
     # the call
 
-    def _bind(self, extras: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-        """Positional extras to names: by enabled feature, or by the signature with its Nones."""
-        names = self._extras
-        if len(extras) > len(names) or any(x is None for x in extras):
-            names = ("scale", "zeros", "bias", "output")
-        if len(extras) > len(names):
+    def _bind(self, extras: tuple[Any, ...], named: list[Any]) -> list[Any]:
+        """Positional extras into (scale, zeros, bias, output): by enabled feature, or by the
+        signature with its Nones."""
+        places = self._places
+        if len(extras) > len(places) or any([x is None for x in extras]):
+            places = (0, 1, 2, 3)
+        if len(extras) > len(places):
             raise TypeError(
                 f"got {len(extras)} operands after W, expected at most scale, zeros, bias, output"
             )
-        for name, value in zip(names, extras):
-            if named.get(name) is not None:
+        for place, value in zip(places, extras):
+            if named[place] is not None:
+                name = ("scale", "zeros", "bias", "output")[place]
                 raise TypeError(f"{name}: given twice, by position and by name")
-            named[name] = value
+            named[place] = value
         return named
 
     def forward(
@@ -249,15 +250,36 @@ class Matmul(Operator):
         Raises ValueError or TypeError that names the operand, what came and what was expected.
         """
         if extras:
-            named = self._bind(
-                extras, {"scale": scale, "zeros": zeros, "bias": bias, "output": output}
-            )
-            scale, zeros, bias, output = (
-                named["scale"],
-                named["zeros"],
-                named["bias"],
-                named["output"],
-            )
+            scale, zeros, bias, output = self._bind(extras, [scale, zeros, bias, output])
+        kind = None
+        if self._repeats and output is None and _plain_eager():
+            operands = (A, W, scale, zeros, bias, input_scale, global_scale)
+            kind = _kind(operands)
+            call = self._calls.get(kind, _unknown)
+            product = None if call is None else call(operands)
+            if product is not None:
+                return product
+            if call is None:
+                kind = None
+        product = self._checked(A, W, scale, zeros, bias, output, input_scale, global_scale)
+        if kind is not None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            self._calls[kind] = prepare(self.config, operands)
+        return product
+
+    def _checked(
+        self,
+        A: torch.Tensor,
+        W: torch.Tensor,
+        scale: Optional,
+        zeros: Optional,
+        bias: Optional,
+        output: Optional,
+        input_scale: Optional,
+        global_scale: Optional,
+    ) -> torch.Tensor:
+        """The product through the registered operator, whatever the operands are."""
         check_tensor("A", A)
         check_tensor("W", W)
         for name, x in (
@@ -370,6 +392,38 @@ class Matmul(Operator):
             return inspect.getsource(dense_product)
         is_gpu = (self.target if target is None else resolve_target(target)).is_gpu
         return plan.kernel_source("cuda" if is_gpu else "cpu")
+
+
+_MOST_CALLS = 1024  # kinds of operands whose call an operator keeps
+
+
+def _unknown(operands: tuple[Optional, ...]) -> None:
+    """The call of operands that were not met before: none yet."""
+
+
+def _plain_eager() -> bool:
+    """Whether nothing is there that wants to see the registered operator."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _kind(operands: tuple[Optional, ...]) -> Any:
+    """All that the checks of a call look at; None for what only they can tell apart."""
+    kind: list[Any] = []
+    try:
+        for x in operands:
+            if x is None:
+                kind.append(None)
+            else:
+                kind += type(x), x.shape, x.dtype, x.device, x.is_contiguous(), x.requires_grad
+        return tuple(kind)
+    except Exception:  # not a tensor, or one without strides: the checks say which
+        return None
 
 
 def _hinted_rows(config: MatmulConfig) -> tuple[int, ...]:

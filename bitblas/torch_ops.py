@@ -6,19 +6,20 @@ makes it, and carries the config as a string.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import plan
 from .config import FLOAT_ACTIVATIONS, MatmulConfig
 from .layouts import aligned, convert, layout_of
 from .log import logger
 from .operands import check_call, check_output, check_weight, native_layout
 
 Optional = torch.Tensor | None
+Prepared = Callable[[tuple[Optional, ...]], Optional]
 
 _EXTRAS = "Tensor? scale, Tensor? zeros, Tensor? bias, Tensor? input_scale, Tensor? global_scale"
 _library = torch.library.Library("bitblas", "DEF")
@@ -36,9 +37,22 @@ def _backend(device_type: str) -> ModuleType:
         from . import cpu
 
         return cpu
-    from .kernels import portable
+    from .kernels import gpu
 
-    return portable
+    return gpu
+
+
+def prepare(config: MatmulConfig, operands: tuple[Optional, ...]) -> Prepared | None:
+    """The call to repeat for operands like these, which have passed the checks: A, W, scale, zeros,
+    bias, input_scale, global_scale. It takes them and returns the product (None: not this way).
+
+    None where every call is to go through the registered operator.
+    """
+    A = operands[0]
+    if A is None or A.device.type != "cuda":
+        return None
+    prepared: Prepared | None = _backend("cuda").prepare(config, operands)
+    return prepared
 
 
 def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -129,7 +143,6 @@ def _rows(
             bias=_contiguous(bias),
             input_scale=None if input_scale is None else input_scale.reshape(-1).contiguous(),
             global_scale=global_scale,
-            **plan.pick(config, rows.shape[0], A.device),
         )
     if out is not None and into is not out:
         out.copy_(into)

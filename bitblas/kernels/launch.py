@@ -13,8 +13,6 @@ themselves (or views of them), ints, None, and the placeholders Workspace and Co
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +36,7 @@ class Counters:
     """
 
     size: int
+    dtype = torch.int32
 
 
 @dataclass(frozen=True)
@@ -56,38 +55,3 @@ class Launch:
     num_warps: int
     num_stages: int
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def execute(steps: Iterable[Launch], device: torch.device) -> None:
-    """Start the launches in turn on the current stream of the operands' device."""
-    with _device_guard(device):
-        temporaries: dict[Any, torch.Tensor] = {}
-        for step in steps:
-            arguments = {k: _memory(v, temporaries, device) for k, v in step.arguments.items()}
-            step.function[step.grid](
-                **arguments,
-                **step.constants,
-                num_warps=step.num_warps,
-                num_stages=step.num_stages,
-                **step.options,
-            )
-
-
-def _memory(value: Any, temporaries: dict[Any, torch.Tensor], device: torch.device) -> Any:
-    """The tensor that a placeholder stands for in this call; other arguments as they are."""
-    if not isinstance(value, (Workspace, Counters)):
-        return value
-    if value not in temporaries:
-        temporaries[value] = (
-            torch.empty(value.shape, dtype=value.dtype, device=device)
-            if isinstance(value, Workspace)
-            else torch.zeros(value.size, dtype=torch.int32, device=device)
-        )
-    return temporaries[value]
-
-
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; make it the operands'."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()

@@ -16,7 +16,8 @@ from ..config import INTEGER_ACTIVATIONS, MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Affine, MiniFloat, Table
 from ..layouts import FRAGMENTS, Fragment, planes
 from . import portable_kernels as kernels
-from .launch import Launch, Workspace, execute
+from .launch import Launch, Workspace
+from .prepared import execute
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 

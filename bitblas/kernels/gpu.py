@@ -1,0 +1,176 @@
+"""The GPU backend: asks the plan for a kernel family and tile, and keeps what it prepared.
+
+`matmul` and `dequantize` take checked operands. `prepare` gives the call to repeat for operands of
+the same kind, past the checks and torch's dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import cache, plan
+from ..config import MatmulConfig
+from ..layouts import layout_of
+from . import portable
+from .launch import Launch
+from .prepared import Prepared, execute
+
+Operands = tuple[torch.Tensor | None, ...]  # A, W, scale, zeros, bias, input_scale, global_scale
+
+_MOST_KEPT = 4096  # kinds of calls; each a few KB
+_prepared: dict[Any, Prepared] = {}
+_generation = cache.generation()
+
+
+def matmul(
+    config: MatmulConfig,
+    A: torch.Tensor,
+    W: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> None:
+    """out (m, N) = A (m, K) times the packed weight, transposed, with the extras of the config.
+
+    A: contiguous, m >= 1 (int4: (m, K/2) int8, low nibble first). W: packed in the GPU's layout.
+    scale, zeros: (N, G), packed zeros (G, ceil(N*b/8)) int8. bias: (N,). input_scale: (m,) float32.
+    global_scale: one float32. The caller has checked all of them.
+    """
+    operands = (A, W, scale, zeros, bias, input_scale, global_scale)
+    addresses = [x.data_ptr() for x in (*operands, out) if x is not None]
+    if reduce(or_, addresses) % 16 == 0:
+        _prepare(config, operands, A.shape[0]).run(addresses)
+    else:
+        execute(_launches(config, operands, out, A.shape[0], A.device), A.device)
+
+
+def dequantize(
+    config: MatmulConfig,
+    W: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> None:
+    """out (N, K), float16, bfloat16 or float32: the weight in float32, rounded once."""
+    portable.dequantize(config, W, out, scale, zeros, global_scale)
+
+
+def choose(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
+    """The family that serves m rows on a device, and its tile (None: the family's default)."""
+    return portable, plan.pick(config, m, device).get("tile")
+
+
+def _launches(
+    config: MatmulConfig, operands: Operands, out: torch.Tensor, m: int, device: torch.device
+) -> list[Launch]:
+    family, tile = choose(config, m, device)
+    A, W, *extras = operands
+    steps: list[Launch] = family.launches(config, A, W, out, *extras, tile)
+    return steps
+
+
+def stand_ins(config: MatmulConfig, operands: Operands, m: int) -> tuple[Operands, torch.Tensor]:
+    """Operands of the same kind without memory, each with a storage of its own; and the output."""
+
+    def like(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+    A, W, scale, zeros, bias, input_scale, global_scale = map(like, operands)
+    assert A is not None and W is not None
+    W = W.view(torch.int8)
+    rows = A.view(m, A.shape[-1])
+    per_row = None if input_scale is None else input_scale.view(-1)
+    out = torch.empty((m, config.N), dtype=config.torch_out_dtype, device="meta")
+    return (rows, W, scale, zeros, bias, per_row, global_scale), out
+
+
+def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
+    """What runs a call on operands of this kind, all of them contiguous and 16-byte aligned."""
+    device = operands[0].device  # type: ignore[union-attr]
+    kinds = tuple([None if x is None else (x.dtype, x.numel()) for x in operands])
+    key = (config, m, device, kinds, _tf32(config))
+    _forget_old_choices()
+    known = _prepared.get(key)
+    if known is None:
+        fakes, out = stand_ins(config, operands, m)
+        steps = _launches(config, fakes, out, m, device)
+        present = [x for x in (*fakes, out) if x is not None]
+        order = {x.untyped_storage()._cdata: i for i, x in enumerate(present)}
+        known = Prepared(steps, device, len(present), lambda x: order[x.untyped_storage()._cdata])
+        if len(_prepared) >= _MOST_KEPT:
+            _prepared.clear()
+        _prepared[key] = known
+    return known
+
+
+def _tf32(config: MatmulConfig) -> bool | None:
+    """Whether TF32 is allowed, where it makes a difference."""
+    return bool(torch.backends.cuda.matmul.allow_tf32) if config.A_dtype == "float32" else None
+
+
+def _forget_old_choices() -> None:
+    global _generation
+    if _generation != cache.generation():
+        _generation = cache.generation()
+        _prepared.clear()
+
+
+class Call:
+    """A product of operands of one kind: call(operands) is the result."""
+
+    def __init__(self, config: MatmulConfig, operands: Operands, m: int) -> None:
+        A = operands[0]
+        assert A is not None
+        self._generation = cache.generation()
+        self._run = _prepare(config, operands, m).run
+        # empty_like takes half the time of torch.empty with a shape, a dtype and a device
+        self._like = A.new_empty(1, dtype=config.torch_out_dtype).expand(*A.shape[:-1], config.N)
+        self._tf32 = _tf32(config)
+
+    def __call__(self, operands: Operands) -> torch.Tensor | None:
+        """None where this is no longer, or for these operands not, how to do it."""
+        try:
+            addresses = [x.data_ptr() for x in operands if x is not None]
+        except RuntimeError:  # a tensor within vmap or the like, which has none
+            return None
+        if reduce(or_, addresses) & 15 or self._generation != cache.generation():
+            return None
+        if self._tf32 is not None and self._tf32 != torch.backends.cuda.matmul.allow_tf32:
+            return None
+        out = torch.empty_like(self._like)
+        addresses.append(out.data_ptr())
+        self._run(addresses)
+        return out
+
+
+def prepare(config: MatmulConfig, operands: Operands) -> Call | None:
+    """The call for plain, checked operands like these; None where they need conversion first."""
+    A, W, *_ = operands
+    assert A is not None and W is not None
+    m = A.numel() // max(A.shape[-1], 1)
+    packed = not config.is_dense and layout_of(W) is portable.layout(config)
+    if not packed or m == 0 or not _all_plain(operands):
+        return None
+    return Call(config, operands, m)
+
+
+def _all_plain(operands: Iterable[torch.Tensor | None]) -> bool:
+    return all(
+        x is None
+        or (
+            type(x) in (torch.Tensor, torch.nn.Parameter)
+            and x.is_contiguous()
+            and not x.requires_grad
+        )
+        for x in operands
+    )

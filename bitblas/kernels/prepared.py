@@ -1,0 +1,175 @@
+"""Launches made to run: once, or prepared for calls that differ in their pointers alone.
+
+Everything is started on the current stream of the operands' device. Nothing is copied to the host
+and nothing waits, so a call whose kernels are loaded can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from . import driver
+from .compile import Source
+from .launch import Counters, Launch, Workspace
+
+_ALL_ONES = (1 << 64) - 1
+_counters: dict[tuple[int, int], torch.Tensor] = {}  # (device, stream) -> zeros
+_kernels: dict[tuple[str, int], driver.Kernel] = {}  # (Source.key, device)
+
+
+class Prepared:
+    """Compiled and loaded launches: run(addresses of the operands) starts them."""
+
+    def __init__(
+        self,
+        steps: Sequence[Launch],
+        device: torch.device,
+        operands: int,
+        position: Callable[[torch.Tensor], int],
+    ) -> None:
+        """operands: how many addresses `run` takes; position: which of them a tensor's is."""
+        self.index = current_device() if device.index is None else device.index
+        self._device = torch.device(device.type, self.index)
+        sources = [Source(step) for step in steps]
+        kernels = [load(source, self.index) for source in sources]
+        scratch = [_scratch(kernel.binary, step) for kernel, step in zip(kernels, steps)]
+        arguments = [value for step in steps for value in step.arguments.values()]
+        self._workspaces = _distinct(
+            (*arguments, *(x for pair in scratch for x in pair)), Workspace
+        )
+        self._counters = _distinct(arguments, Counters)
+        # what `run` gathers: the operands, workspaces, counters; then numbers that never change
+        places: dict[Any, int] = {}
+        for temporary in (*self._workspaces, *self._counters):
+            places[temporary] = operands + len(places)
+        self._numbers: list[int] = []
+
+        def place(value: Any) -> int:
+            if isinstance(value, torch.Tensor):
+                return position(value)
+            if value in places:
+                return places[value]
+            self._numbers.append(value & _ALL_ONES)
+            return operands + len(places) + len(self._numbers) - 1
+
+        self._steps: list[tuple[driver.Invocation, Callable[[Any], Any]]] = []
+        for step, source, kernel, pointers in zip(steps, sources, kernels, scratch):
+            kinds = source.signature.items()
+            values = [step.arguments[name] for name, kind in kinds if kind != "constexpr"]
+            slots = [place(value) for value in (*values, *pointers)]
+            invocation = driver.Invocation(kernel, step.grid, len(slots))
+            self._steps.append((invocation, itemgetter(*slots)))
+
+    def run(self, addresses: list[int]) -> None:
+        """Start the launches on the device's current stream."""
+        if current_device() != self.index:
+            with torch.cuda.device(self.index):
+                self._start(addresses)
+        else:
+            self._start(addresses)
+
+    def _start(self, addresses: list[int]) -> None:
+        stream = current_stream(self.index)
+        if self._workspaces or self._counters:
+            held = [  # until the launches are in the stream, behind which the memory is reused
+                torch.empty(x.shape, dtype=x.dtype, device=self._device) for x in self._workspaces
+            ]
+            addresses = addresses + [x.data_ptr() for x in held]
+            if self._counters:
+                sizes = [-(-x.size // 4) * 4 for x in self._counters]
+                held.append(_zeroed(sum(sizes), self._device, stream))
+                start = held[-1].data_ptr()
+                for size in sizes:
+                    addresses.append(start)
+                    start += 4 * size
+        values = addresses + self._numbers
+        for invocation, slots in self._steps:
+            invocation.start(stream, slots(values))
+
+
+def execute(steps: Iterable[Launch], device: torch.device) -> None:
+    """Start launches whose arguments are the operands of this one call."""
+    from triton import knobs
+
+    steps = list(steps)
+    if knobs.runtime.interpret:
+        _interpret(steps, device)
+        return
+    tensors = [x for step in steps for x in step.arguments.values() if isinstance(x, torch.Tensor)]
+    order = {id(x): i for i, x in enumerate(tensors)}
+    prepared = Prepared(steps, device, len(tensors), lambda x: order[id(x)])
+    prepared.run([x.data_ptr() for x in tensors])
+
+
+def _interpret(steps: list[Launch], device: torch.device) -> None:
+    """Through Triton's interpreter, which stands in for the jitted functions."""
+    memory: dict[Any, torch.Tensor] = {}
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, Workspace) and value not in memory:
+            memory[value] = torch.empty(value.shape, dtype=value.dtype, device=device)
+        if isinstance(value, Counters) and value not in memory:
+            memory[value] = torch.zeros(value.size, dtype=value.dtype, device=device)
+        return memory[value] if isinstance(value, (Workspace, Counters)) else value
+
+    for step in steps:
+        step.function[step.grid](
+            **{name: resolve(value) for name, value in step.arguments.items()},
+            **step.constants,
+            num_warps=step.num_warps,
+            num_stages=step.num_stages,
+            **step.options,
+        )
+
+
+def load(source: Source, device: int) -> driver.Kernel:
+    """The kernel on a device, compiled if need be. Raises triton's OutOfResources."""
+    known = (source.key, device)
+    if known not in _kernels:
+        _kernels[known] = driver.Kernel(source.binary(architecture(device)), device)
+    return _kernels[known]
+
+
+@cache
+def architecture(device: int) -> int:
+    """A GPU's compute capability, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def current_device() -> int:
+    """The index of the thread's current GPU."""
+    return torch._C._cuda_getDevice()
+
+
+def current_stream(device: int) -> int:
+    """The handle of a GPU's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def _scratch(binary: driver.Binary, step: Launch) -> list[Workspace | int]:
+    """What Triton's own two parameters, behind the kernel's, point at: memory if it wants any."""
+    blocks = math.prod(step.grid) * binary.num_ctas
+    sizes = (binary.global_scratch, binary.profile_scratch)
+    return [Workspace((blocks * size,), torch.int8) if size else 0 for size in sizes]
+
+
+def _distinct(values: Iterable[Any], kind: type) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(x for x in values if isinstance(x, kind)))
+
+
+def _zeroed(size: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Counters: the stream's own, or, for a graph, which may run beside the stream, new ones."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    known = _counters.get((device.index, stream))
+    if known is None or known.numel() < size:
+        known = torch.zeros(max(size, 4096), dtype=torch.int32, device=device)
+        _counters[device.index, stream] = known
+    return known
