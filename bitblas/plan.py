@@ -40,6 +40,7 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
     try:
         for tile in portable.candidates(config, m)[:topk]:
             choices[m] = dataclasses.asdict(tile)
+            cache.choices_changed()
             try:
                 milliseconds = gpu_milliseconds(call)
             except OutOfResources as error:  # a tile for GPUs with more shared memory
@@ -51,6 +52,7 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
         choices.pop(m, None)
         if best[1] is not None:
             choices[m] = best[1]
+        cache.choices_changed()
 
 
 def gpu_milliseconds(call: Callable[[], Any]) -> float:
