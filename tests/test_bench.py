@@ -225,6 +225,21 @@ def test_groups_are_the_usual_ones_of_each_format():
     assert groups["e4m3_float8"] == groups["e5m2_float8"] == 1024
 
 
+@pytest.mark.parametrize("m", [1, 100])
+def test_kernels_are_named_by_family_and_tile(monkeypatch, m):
+    pytest.importorskip("triton")
+    from bitblas.kernels import gpu, portable
+
+    monkeypatch.setattr(gpu, "choose", lambda config, m, device: (portable, None))
+    operator = Matmul(cases.make_config("uint4", "float16", 256, 512), target="cuda -arch=sm_90")
+    device = torch.device("cuda")
+    [(name, _)] = measure.our_products(operator, m, device, all_tiles=False)
+    names = [name for name, _ in measure.our_products(operator, m, device, all_tiles=True)]
+    assert name == names[0]
+    assert len(set(names)) == len(names) > 1
+    assert all(name.startswith(("portable gemv", "portable gemm")) for name in names)
+
+
 def test_sweep_goes_from_1_to_16384_in_about_60_steps():
     assert (cases.SWEEP[0], cases.SWEEP[-1]) == (1, 16384)
     assert 55 <= len(cases.SWEEP) <= 65

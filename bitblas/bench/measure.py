@@ -8,11 +8,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from .. import plan
 from ..config import MatmulConfig
 from ..matmul import Matmul
 from .cases import (
@@ -48,30 +48,44 @@ def dense_dtype(A_dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def our_products(
     operator: Matmul, m: int, device: torch.device, all_tiles: bool
 ) -> list[tuple[str, OurProduct]]:
-    """(kernel, product): what serves a call, or every tile of the kernel families."""
+    """(kernel, product): what serves a call, or, on a GPU, every tile that may."""
 
     def served(A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> Any:
         return operator(A, W, output=out, **extras)
 
     if device.type == "cpu":
         return [("bitblas", served)]
-    from ..kernels import portable
+    from ..kernels import gpu
 
-    if not all_tiles:
-        tile = plan.pick(operator.config, m, device).get("tile")
-        return [(_tile_name(tile or portable.candidates(operator.config, m)[0]), served)]
-
-    def with_tile(tile: portable.Tile) -> OurProduct:
-        return lambda A, W, out, extras: portable.matmul(
-            operator.config, A, W, out, tile=tile, **extras
-        )
-
-    tiles = portable.candidates(operator.config, m)
-    return [(_tile_name(tile), with_tile(tile)) for tile in tiles]
+    config = operator.config
+    if all_tiles:
+        return _tiles(config, m, device)
+    family, tile = gpu.choose(config, m, device)
+    return [(_tile_name(family, tile or family.candidates(config, m)[0]), served)]
 
 
-def _tile_name(tile: Any) -> str:
-    return " ".join(str(value) for value in dataclasses.astuple(tile))
+def _tiles(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[str, OurProduct]]:
+    """The tiles of the family that serves a call, and of the portable one, which serves any."""
+    from ..kernels import gpu, portable, prepared
+
+    def with_tile(family: ModuleType, tile: Any) -> OurProduct:
+        def product(A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> None:
+            prepared.execute(family.launches(config, A, W, out, tile=tile, **extras), device)
+
+        return product
+
+    families = dict.fromkeys((gpu.choose(config, m, device)[0], portable))
+    return [
+        (_tile_name(family, tile), with_tile(family, tile))
+        for family in families
+        for tile in family.candidates(config, m)
+    ]
+
+
+def _tile_name(family: ModuleType, tile: Any) -> str:
+    """The family and the tile's fields: "portable gemv 8 16 512 4 3 1"."""
+    fields = (str(value) for value in dataclasses.astuple(tile))
+    return " ".join([family.__name__.rpartition(".")[2], *fields])
 
 
 @dataclass
