@@ -1,6 +1,7 @@
 # make demo   set up, then run the library on real input (GPU if there is one, else CPU)
 # make test   set up, then lint, type-check and run every test
 # make bench  set up, then time products beside torch's; more: .venv/bin/python -m bitblas bench -h
+# make compat set up, then compile the GPU kernels, without a GPU, for each Triton in TRITONS
 # make check  the same tests in the current Python environment, without setting anything up
 
 PYTHON ?= python3
@@ -15,7 +16,10 @@ TRITON ?= triton==3.6.0
 # test processes: many where GPU kernels are compiled, one (0: in pytest itself) elsewhere
 WORKERS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
 
-.PHONY: demo test check lint bench clean
+# what torch 2.11, 2.13 and later ones bring
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+
+.PHONY: demo test check lint bench compat clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +38,13 @@ lint:
 
 bench: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -m bitblas bench
+
+compat: $(TRITONS:%=.compat/%/.done)
+	$(BIN)/python tests/compat.py $(TRITONS:%=.compat/%)
+
+.compat/%/.done: | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .compat/$* triton==$*
+	touch $@
 
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -54,4 +65,4 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,39 +14,17 @@ import sys
 import traceback
 from pathlib import Path
 
+import compat
 import pytest
 import torch
+from compat import COMBINATIONS, make_config
 from problems import draw, relative_error, tolerance
 
-from bitblas.config import (
-    A_DTYPES,
-    FLOAT_ACTIVATIONS,
-    ZEROS_MODES,
-    MatmulConfig,
-    MatmulConfigWithSplitK,
-    weight_dtypes,
-)
-from bitblas.formats import FORMATS
+from bitblas.config import MatmulConfig, MatmulConfigWithSplitK
 
 SHARDS = 2
 
 
-def make_config(a, w, zeros=None, **fields) -> MatmulConfig:
-    fixed = FORMATS[w].fixed_group_size
-    defaults = dict(
-        N=70, K=96, A_dtype=a, W_dtype=w, out_dtype=a if a in FLOAT_ACTIVATIONS else "float32",
-        group_size=fixed or 32, with_scaling=True, with_zeros=zeros is not None, zeros_mode=zeros,
-    )  # fmt: skip
-    return MatmulConfig(**(defaults | fields))
-
-
-COMBINATIONS = [
-    (a, w, zeros)
-    for a in A_DTYPES
-    for w in weight_dtypes(a)
-    if not FORMATS[w].is_dense
-    for zeros in (None, *(ZEROS_MODES if FORMATS[w].is_integer else ()))
-]
 # m = 1 and m = 20 reach both kernels; alternating keeps the interpreter's time down.
 INTERPRETED = {
     "-".join(map(str, case)): (case, 1 if index % 2 else 20, 1)
@@ -148,38 +126,12 @@ def test_interpreted_kernels_agree_with_float64(name, interpreted):
     assert weight_error <= 3e-7
 
 
-def most_local_bytes() -> int:
-    """None with the Triton that tiles were chosen with; 3.8 and 3.9 spill up to 48 bytes."""
-    import triton
-
-    return 0 if triton.__version__.startswith("3.6.") else 64
-
-
 def compiled(config: MatmulConfig, m: int, arch: int, step: int = 0):
     """Statistics of a step of the default product of m rows; operands are meta tensors."""
     from bitblas.kernels import compile as compiler
-    from bitblas.kernels import portable
 
-    def empty(shape, dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    width = config.K // 2 if config.A_dtype == "int4" else config.K
-    extras = {}
-    if config.with_scaling:
-        extras["scale"] = empty((config.N, config.num_groups), config.scale_dtypes[0])
-    if config.with_zeros:
-        extras["zeros"] = empty(config.zeros_shape, config.zeros_dtypes[0])
-    if config.format.has_global_scale:
-        extras["global_scale"] = empty((1,), torch.float32)
-    launches = portable.launches(
-        config,
-        empty((m, width), config.torch_A_dtype),
-        empty(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8),
-        empty((m, config.N), config.torch_out_dtype),
-        **extras,
-        tile=portable.candidates(config, m, roomy=arch == 90)[0],
-    )
-    return compiler.statistics(compiler.compile_launch(launches[step], arch))
+    launch = compat.launches(compat.Case("portable", config, m, arch))[step]
+    return compiler.statistics(compiler.compile_launch(launch, arch))
 
 
 LARGE = dict(N=4096, K=4096)
@@ -208,7 +160,7 @@ TARGETS += [("float16-uint4", 89), ("bfloat16-uint4", 89), ("int8-int4", 89)]
 def test_kernels_compile_without_spills(name, m, arch):
     config = COMPILED[name]
     found = compiled(config, m, arch)
-    assert found.local_bytes <= most_local_bytes()
+    assert found.local_bytes <= compat.most_local_bytes("portable")
     if config.A_dtype != "float32":
         assert found.count("HMMA", "IMMA", "HGMMA", "IGMMA") > 0
 
@@ -226,7 +178,7 @@ def test_split_k_compiles_without_spills(step, arch):
     config = MatmulConfigWithSplitK(
         W_dtype="uint4", group_size=128, with_scaling=True, k_split=4, **LARGE
     )
-    assert compiled(config, 16, arch, step).local_bytes <= most_local_bytes()
+    assert compiled(config, 16, arch, step).local_bytes <= compat.most_local_bytes("portable")
 
 
 if __name__ == "__main__":

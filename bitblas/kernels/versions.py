@@ -10,7 +10,6 @@ triton.experimental. Where Gluon cannot serve, these names are missing, so ask f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -67,7 +66,6 @@ __all__ = [
     "is_gluon",
     "mbarrier",
     "mma_v2",
-    "raw_launcher",
     "refuse_gluon",
     "source_class",
     "thread_barrier",
@@ -136,42 +134,3 @@ def descriptor_type(value: Any) -> str | None:
         return None
     shape = ",".join(map(str, value.block_shape))
     return f"tensordesc<{canonicalize_dtype(value.base.dtype)}[{shape}],{value.layout!r}>"
-
-
-def raw_launcher(compiled: Any) -> Callable[..., None]:
-    """launch(grid_x, grid_y, grid_z, stream, *arguments) of a CompiledKernel, on its device.
-
-    arguments: a value for each parameter of the kernel in its order, constexpr ones too (any
-    object; None is quickest). A pointer is a tensor or, quicker because the driver is not asked
-    about it, an int. stream is the integer handle. Launch hooks (profilers) are not called. The
-    compile option launch_pdl holds.
-
-    CompiledKernel.run is the same in all releases, and the fallback for a kernel that needs
-    scratch memory; under it 3.7 moved the scratch pointers and packed the arguments.
-    """
-    launcher = compiled.run  # loads the binary
-    function, metadata = compiled.function, compiled.packed_metadata
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-
-        def checked(grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
-            launcher(
-                grid_x, grid_y, grid_z, stream, function, metadata, None, None, None, *arguments
-            )
-
-        return checked
-    launch: Callable[..., None] = launcher.launch
-    flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    if hasattr(launcher, "arg_annotations"):  # 3.7 and later
-        middle = (function, *flags, metadata, None, None, None, None, None)
-        packing = (launcher.arg_annotations, launcher.kernel_signature)
-
-        def packed(grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
-            launch(grid_x, grid_y, grid_z, stream, *middle, *packing, arguments)
-
-        return packed
-    head = (function, *flags, None, None, metadata, None, None, None)
-
-    def direct(grid_x: int, grid_y: int, grid_z: int, stream: int, *arguments: Any) -> None:
-        launch(grid_x, grid_y, grid_z, stream, *head, *arguments)
-
-    return direct
