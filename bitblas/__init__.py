@@ -7,6 +7,7 @@ from .config import MatmulConfig, MatmulConfigWithSplitK
 from .linear import Linear
 from .log import set_log_level
 from .matmul import Matmul, MatmulWithSplitK
+from .precompile import warmup
 from .utils import auto_detect_nvidia_target
 from .version import __version__
 
@@ -30,4 +31,5 @@ __all__ = [
     "set_log_level",
     "testing",
     "utils",
+    "warmup",
 ]

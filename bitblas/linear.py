@@ -228,7 +228,7 @@ class Linear(nn.Module):
         """
         config = self.config
         codes = self.bitblas_matmul.weight_codes(weight)
-        device = self._device()
+        device = self.weight_device
         if device.type in ("cpu", "meta"):
             device = weight.device
         extras = {"scales": scales, "zeros": zeros, "bias": bias, "global_scale": global_scale}
@@ -271,7 +271,9 @@ class Linear(nn.Module):
         encoded = self.config.format.scale_encoding is not None
         return scales.view(torch.uint8) if encoded and scales.itemsize == 1 else scales
 
-    def _device(self) -> torch.device:
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the layer's weight lies."""
         return (self.weight if self.config.is_dense else self.qweight).device
 
     def _native(self, packed: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -335,7 +337,7 @@ class Linear(nn.Module):
 
     def _load_gptq(self, read: GPTQOperands) -> None:
         self.load_and_transform_weight(read.weight, read.scales, read.zeros, read.bias)
-        self.perm = None if read.perm is None else read.perm.to(self._device())
+        self.perm = None if read.perm is None else read.perm.to(self.weight_device)
 
     # moving and casting
 
@@ -383,7 +385,7 @@ class Linear(nn.Module):
         config = self.config
         if config.A_dtype not in FLOAT_ACTIVATIONS:
             return config
-        dtype = fn(torch.empty(0, dtype=config.torch_A_dtype, device=self._device())).dtype
+        dtype = fn(torch.empty(0, dtype=config.torch_A_dtype, device=self.weight_device)).dtype
         if dtype == config.torch_A_dtype:
             return config
         name = {d: n for n, d in TORCH_DTYPES.items()}.get(dtype, str(dtype))

@@ -328,10 +328,10 @@ class Matmul(Operator):
         if target is not None:
             self.target = resolve_target(target)
         if self.target.is_gpu and not self.config.is_dense:
-            for m in _hinted_rows(self.config):
-                plan.tune(self.config, m, topk, self._timed_call(m))
+            for m in hinted_rows(self.config):
+                plan.tune(self.config, m, topk, self.random_call(m))
 
-    def _timed_call(self, m: int) -> Callable[[], torch.Tensor]:
+    def random_call(self, m: int) -> Callable[[], torch.Tensor]:
         """A call on random operands of m rows, ready to be repeated."""
         config, device = self.config, torch.device("cuda" if self.target.is_gpu else "cpu")
 
@@ -370,10 +370,10 @@ class Matmul(Operator):
 
         dynamic_symbolic_constraints: {"m": rows}; by default the largest M of the config.
         """
-        m = (dynamic_symbolic_constraints or {}).get("m") or max(_hinted_rows(self.config))
+        m = (dynamic_symbolic_constraints or {}).get("m") or max(hinted_rows(self.config))
         if m < 1:
             raise ValueError(f"m: got {m}, expected a positive number of rows")
-        call = self._timed_call(m)
+        call = self.random_call(m)
         if self.target.is_gpu:
             return plan.gpu_milliseconds(call)
         call()
@@ -426,7 +426,8 @@ def _kind(operands: tuple[Optional, ...]) -> Any:
         return None
 
 
-def _hinted_rows(config: MatmulConfig) -> tuple[int, ...]:
+def hinted_rows(config: MatmulConfig) -> tuple[int, ...]:
+    """The numbers of rows that a config expects."""
     return config.M if isinstance(config.M, tuple) else (config.M or 1,)
 
 

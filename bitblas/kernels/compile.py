@@ -119,6 +119,13 @@ class Source:
                     _binaries[known] = self._find(arch) or self._compile(arch)
         return _binaries[known]
 
+    def on_disk(self, arch: int) -> bool:
+        """Whether the kernel is there already, in this process or on disk."""
+        known = (self.key, arch)
+        if known not in _binaries and (binary := self._find(arch)) is not None:
+            _binaries[known] = binary
+        return known in _binaries
+
     def _compile(self, arch: int) -> Binary:
         compiled = self.compiled(arch)
         if _index_holds():

@@ -6,7 +6,7 @@ the same kind, past the checks and torch's dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import or_
 from types import ModuleType
@@ -17,7 +17,9 @@ import torch
 from .. import cache, plan
 from ..config import MatmulConfig
 from ..layouts import layout_of
+from ..operands import input_features
 from . import portable
+from .compile import Source
 from .launch import Launch
 from .prepared import Prepared, execute
 
@@ -92,6 +94,40 @@ def stand_ins(config: MatmulConfig, operands: Operands, m: int) -> tuple[Operand
     per_row = None if input_scale is None else input_scale.view(-1)
     out = torch.empty((m, config.N), dtype=config.torch_out_dtype, device="meta")
     return (rows, W, scale, zeros, bias, per_row, global_scale), out
+
+
+def sources(
+    config: MatmulConfig,
+    m: int,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Source]:
+    """The kernels of a product of m rows on a GPU; dtypes of scale, zeros, bias as they are given.
+
+    Whether 8-bit activations come with an input_scale is not known, so both are there.
+    """
+
+    def meta(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor | None:
+        return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
+
+    A = meta((m, input_features(config)), config.torch_A_dtype)
+    W = meta(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8)
+    scale = meta((config.N, config.num_groups), dtypes[0])
+    zeros = meta(config.zeros_shape, dtypes[1])
+    bias = meta((config.N,), dtypes[2])
+    global_scale = meta((1,), torch.float32 if config.format.has_global_scale else None)
+    input_scales: list[torch.Tensor | None] = [None]
+    if config.torch_A_dtype.itemsize == 1:
+        input_scales.append(meta((m,), torch.float32))
+    out = meta((m, config.N), config.torch_out_dtype)
+    assert out is not None
+    return [
+        Source(step)
+        for input_scale in input_scales
+        for step in _launches(
+            config, (A, W, scale, zeros, bias, input_scale, global_scale), out, m, device
+        )
+    ]
 
 
 def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
