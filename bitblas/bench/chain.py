@@ -17,6 +17,7 @@ import torch
 
 from ..config import MatmulConfig
 from ..matmul import Matmul
+from ..precompile import warmup
 from .cases import Weight, draw_weight, make_config, poisoned, relative_error, tolerance
 from .measure import WrongResultError, dense_dtype
 from .timing import Timer
@@ -149,6 +150,8 @@ def time_chain(
         key: make_config(W_dtype, A_dtype, n, k, group=group, zeros=zeros)
         for key, (n, k) in model.shapes().items()
     }
+    if device.type == "cuda":
+        warmup(configs.values(), m, device)
     operators = {
         key: Matmul(config, target="cpu" if device.type == "cpu" else None)
         for key, config in configs.items()

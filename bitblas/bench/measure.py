@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,13 +16,9 @@ import torch
 
 from ..config import MatmulConfig
 from ..matmul import Matmul
-from .cases import (
-    draw_activation,
-    draw_weight,
-    poisoned,
-    relative_error,
-    tolerance,
-)
+from ..operands import input_features
+from ..precompile import compile_sources, warmup
+from .cases import Weight, draw_activation, draw_weight, poisoned, relative_error, tolerance
 from .peers import LEEWAY, Peer, Product, UnsupportedError
 from .report import Report, Row
 from .timing import Timer
@@ -47,7 +44,7 @@ def dense_dtype(A_dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def our_products(
     operator: Matmul, m: int, device: torch.device, all_tiles: bool
-) -> list[tuple[str, OurProduct]]:
+) -> Sequence[tuple[str, OurProduct]]:
     """(kernel, product): what serves a call, or, on a GPU, every tile that may."""
 
     def served(A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> Any:
@@ -64,22 +61,53 @@ def our_products(
     return [(_tile_name(family, tile or family.candidates(config, m)[0]), served)]
 
 
-def _tiles(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[str, OurProduct]]:
+@dataclass(frozen=True)
+class TileProduct:
+    """A product by one tile of a kernel family."""
+
+    config: MatmulConfig
+    device: torch.device
+    family: ModuleType
+    tile: Any
+
+    def launches(self, A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> Any:
+        return self.family.launches(self.config, A, W, out, tile=self.tile, **extras)
+
+    def __call__(self, A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> None:
+        from ..kernels import prepared
+
+        prepared.execute(self.launches(A, W, out, extras), self.device)
+
+
+def _tiles(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[str, TileProduct]]:
     """The tiles of the family that serves a call, and of the portable one, which serves any."""
-    from ..kernels import gpu, portable, prepared
-
-    def with_tile(family: ModuleType, tile: Any) -> OurProduct:
-        def product(A: torch.Tensor, W: torch.Tensor, out: torch.Tensor, extras: Extras) -> None:
-            prepared.execute(family.launches(config, A, W, out, tile=tile, **extras), device)
-
-        return product
+    from ..kernels import gpu, portable
 
     families = dict.fromkeys((gpu.choose(config, m, device)[0], portable))
     return [
-        (_tile_name(family, tile), with_tile(family, tile))
+        (_tile_name(family, tile), TileProduct(config, device, family, tile))
         for family in families
         for tile in family.candidates(config, m)
     ]
+
+
+def _compile_tiles(weight: Weight, rows: Sequence[int], device: torch.device) -> None:
+    """Compile, in parallel, what every tile starts for every m of `rows`."""
+    from ..kernels import prepared
+    from ..kernels.compile import Source
+
+    config = weight.config
+    W = torch.empty_like(weight.packed, device="meta")
+    extras = {name: torch.empty_like(x, device="meta") for name, x in weight.extras.items()}
+    sources = {}
+    for m in rows:
+        A = torch.empty((m, input_features(config)), dtype=config.torch_A_dtype, device="meta")
+        out = torch.empty((m, config.N), dtype=config.torch_out_dtype, device="meta")
+        for _, product in _tiles(config, m, device):
+            for source in map(Source, product.launches(A, W, out, extras)):
+                sources[source.key] = source
+    arch = prepared.architecture(torch.cuda.current_device())
+    compile_sources(list(sources.values()), arch, os.cpu_count() or 1, progress=True)
 
 
 def _tile_name(family: ModuleType, tile: Any) -> str:
@@ -209,6 +237,8 @@ class Suite:
     def run(self, configs: Sequence[MatmulConfig], rows: Sequence[int]) -> None:
         """Time every config at every m of `rows`."""
         left = len(configs) * len(rows)
+        if self.timer.device.type == "cuda" and not self.all_tiles:
+            self._ahead(lambda: warmup(configs, rows, self.timer.device))
         try:
             for config in configs:
                 if time.monotonic() > self.stop_at:
@@ -219,6 +249,13 @@ class Suite:
         if time.monotonic() > self.stop_at and left:
             self.note(f"{left} of {len(configs) * len(rows)} cases not started: budget spent")
 
+    def _ahead(self, compile_all: Callable[[], None]) -> None:
+        """Compile in parallel; a kernel that does not compile fails its own case later on."""
+        try:
+            compile_all()
+        except Exception as error:
+            self.note(f"not all kernels were compiled ahead: {_in_a_line(error)}")
+
     def _run_config(self, config: MatmulConfig, rows: Sequence[int]) -> int:
         """How many cases of the config are over."""
         try:
@@ -228,6 +265,8 @@ class Suite:
             return len(rows)
         for name, reason in products.unsupported.items():
             self.note(f"{name} left out: {reason}")
+        if self.timer.device.type == "cuda" and self.all_tiles:
+            self._ahead(lambda: _compile_tiles(products.weight, rows, self.timer.device))
         for done, m in enumerate(rows):
             if time.monotonic() > self.stop_at:
                 return done
