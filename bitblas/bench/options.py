@@ -146,7 +146,7 @@ def complete(options: argparse.Namespace) -> None:
     ):
         error(f"--device: {device} is not there")
     gpu = device.type == "cuda"
-    options.device = device
+    options.device = torch.device("cuda", device.index or 0) if gpu else device
     if (options.n is None) != (options.k is None) or options.shapes and options.n:
         error("give --n and --k together, or --shapes")
     if options.n:
