@@ -1,5 +1,6 @@
 """A CUDA driver that loads nothing and runs nothing, but remembers what it was asked to launch."""
 
+import contextlib
 import ctypes
 import struct
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def install(monkeypatch, cuda, arch: int = 90, stream: int = 7) -> None:
     monkeypatch.setattr(prepared, "current_device", lambda: 0)
     monkeypatch.setattr(prepared, "current_stream", lambda device: stream)
     monkeypatch.setattr(prepared, "architecture", lambda device: arch)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(prepared, "_kernels", {})
     monkeypatch.setattr(prepared, "_counters", {})

@@ -94,13 +94,19 @@ class Kernel:
     """
 
     def __init__(self, binary: Binary, device: int) -> None:
+        self.binary, self.device = binary, device
+        with torch.cuda.device(device):
+            make_context_current(device)
+            self._load()
+
+    def _load(self) -> None:
         from triton.runtime.errors import OutOfResources
 
-        self.binary, self.device = binary, device
-        driver = cuda()
-        make_context_current(device)
+        driver, binary = cuda(), self.binary
         optin = ctypes.c_int()
-        driver.call("cuDeviceGetAttribute", ctypes.byref(optin), _SHARED_PER_BLOCK_OPTIN, device)
+        driver.call(
+            "cuDeviceGetAttribute", ctypes.byref(optin), _SHARED_PER_BLOCK_OPTIN, self.device
+        )
         if binary.shared > optin.value:
             raise OutOfResources(binary.shared, optin.value, "shared memory")
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -180,14 +186,15 @@ def _attributes(binary: Binary) -> bytes:
 
 
 def make_context_current(device: int) -> None:
-    """Give this thread the primary context of `device` where it has none, or another's."""
+    """Give this thread, whose current device `device` is, that device's context.
+
+    torch makes it current only when it has something to do there.
+    """
+    torch.cuda.current_stream(device)  # torch starts the device up
     driver = cuda()
-    context = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.cuda.current_stream(device)  # torch starts the device up
-        driver.call("cuCtxGetCurrent", ctypes.byref(context))
-    primary = ctypes.c_void_p()
+    current, primary = ctypes.c_void_p(), ctypes.c_void_p()
+    driver.call("cuCtxGetCurrent", ctypes.byref(current))
     driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(primary), device)
     driver.call("cuDevicePrimaryCtxRelease_v2", device)  # torch holds it
-    if context.value != primary.value:
+    if current.value != primary.value:
         driver.call("cuCtxSetCurrent", primary)
