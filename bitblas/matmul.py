@@ -401,13 +401,19 @@ def _unknown(operands: tuple[Optional, ...]) -> None:
     """The call of operands that were not met before: none yet."""
 
 
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_tracing = torch._C._is_tracing
+
+
 def _plain_eager() -> bool:
     """Whether nothing is there that wants to see the registered operator."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_tracing()
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _is_tracing()
         or forward_ad._current_level >= 0
     )
 

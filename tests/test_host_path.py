@@ -129,6 +129,17 @@ def test_split_k_shares_a_workspace_between_its_steps(cuda, seed, monkeypatch):
     assert second.values[0] in first.values and second.values[0] != 0
 
 
+def test_dequantize_is_prepared_too(repeated, cuda):
+    out = torch.empty(64, 128, dtype=torch.float16)
+    scale, zeros = repeated.extras["scale"], repeated.extras["zeros"]
+    for _ in range(2):
+        gpu.dequantize(repeated.config, repeated.W, out, scale, zeros)
+    one, two = cuda.launched
+    assert one == two and one.values[:4] == tuple(
+        x.data_ptr() for x in (repeated.W, out, scale, zeros)
+    )
+
+
 BAD = {
     "dtype of A": dict(A=torch.zeros(3, 128)),
     "shape of A": dict(A=torch.zeros(3, 64).half()),

@@ -64,7 +64,17 @@ def dequantize(
     global_scale: torch.Tensor | None = None,
 ) -> None:
     """out (N, K), float16, bfloat16 or float32: the weight in float32, rounded once."""
-    portable.dequantize(config, W, out, scale, zeros, global_scale)
+    operands = (W, scale, zeros, global_scale, out)
+    addresses = [x.data_ptr() for x in operands if x is not None]
+    if reduce(or_, addresses) % 16:
+        portable.dequantize(config, W, out, scale, zeros, global_scale)
+        return
+    key = ("dequantize", config, W.device, _kinds(operands))
+    if (known := _kept(key)) is None:
+        fakes: Any = tuple(map(_like, operands))
+        step = portable.dequantize_launch(config, fakes[0], fakes[-1], *fakes[1:-1])
+        known = _keep(key, [step], W.device, fakes)
+    known.run(addresses)
 
 
 def choose(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
@@ -79,21 +89,6 @@ def _launches(
     A, W, *extras = operands
     steps: list[Launch] = family.launches(config, A, W, out, *extras, tile)
     return steps
-
-
-def stand_ins(config: MatmulConfig, operands: Operands, m: int) -> tuple[Operands, torch.Tensor]:
-    """Operands of the same kind without memory, each with a storage of its own; and the output."""
-
-    def like(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
-
-    A, W, scale, zeros, bias, input_scale, global_scale = map(like, operands)
-    assert A is not None and W is not None
-    W = W.view(torch.int8)
-    rows = A.view(m, A.shape[-1])
-    per_row = None if input_scale is None else input_scale.view(-1)
-    out = torch.empty((m, config.N), dtype=config.torch_out_dtype, device="meta")
-    return (rows, W, scale, zeros, bias, per_row, global_scale), out
 
 
 def sources(
@@ -133,32 +128,49 @@ def sources(
 def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
     """What runs a call on operands of this kind, all of them contiguous and 16-byte aligned."""
     device = operands[0].device  # type: ignore[union-attr]
-    kinds = tuple([None if x is None else (x.dtype, x.numel()) for x in operands])
-    key = (config, m, device, kinds, _tf32(config))
-    _forget_old_choices()
-    known = _prepared.get(key)
+    key = (config, m, device, _kinds(operands), _tf32(config))
+    known = _kept(key)
     if known is None:
-        fakes, out = stand_ins(config, operands, m)
-        steps = _launches(config, fakes, out, m, device)
-        present = [x for x in (*fakes, out) if x is not None]
-        order = {x.untyped_storage()._cdata: i for i, x in enumerate(present)}
-        known = Prepared(steps, device, len(present), lambda x: order[x.untyped_storage()._cdata])
-        if len(_prepared) >= _MOST_KEPT:
-            _prepared.clear()
-        _prepared[key] = known
+        A, W, scale, zeros, bias, input_scale, global_scale = map(_like, operands)
+        assert A is not None and W is not None
+        A, W = A.view(m, A.shape[-1]), W.view(torch.int8)
+        input_scale = None if input_scale is None else input_scale.view(-1)
+        fakes = (A, W, scale, zeros, bias, input_scale, global_scale)
+        out = torch.empty((m, config.N), dtype=config.torch_out_dtype, device="meta")
+        known = _keep(key, _launches(config, fakes, out, m, device), device, (*fakes, out))
+    return known
+
+
+def _like(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of the same kind without memory, but with a storage that it is known by."""
+    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+def _kinds(operands: Operands) -> tuple[Any, ...]:
+    return tuple([None if x is None else (x.dtype, x.numel()) for x in operands])
+
+
+def _kept(key: Any) -> Prepared | None:
+    global _generation
+    if _generation != cache.generation():
+        _generation = cache.generation()
+        _prepared.clear()
+    return _prepared.get(key)
+
+
+def _keep(key: Any, steps: list[Launch], device: torch.device, fakes: Operands) -> Prepared:
+    present = [x for x in fakes if x is not None]
+    order = {x.untyped_storage()._cdata: i for i, x in enumerate(present)}
+    known = Prepared(steps, device, len(present), lambda x: order[x.untyped_storage()._cdata])
+    if len(_prepared) >= _MOST_KEPT:
+        _prepared.clear()
+    _prepared[key] = known
     return known
 
 
 def _tf32(config: MatmulConfig) -> bool | None:
     """Whether TF32 is allowed, where it makes a difference."""
     return bool(torch.backends.cuda.matmul.allow_tf32) if config.A_dtype == "float32" else None
-
-
-def _forget_old_choices() -> None:
-    global _generation
-    if _generation != cache.generation():
-        _generation = cache.generation()
-        _prepared.clear()
 
 
 class Call:

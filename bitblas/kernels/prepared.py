@@ -19,6 +19,9 @@ from .compile import Source
 from .launch import Counters, Launch, Workspace
 
 _ALL_ONES = (1 << 64) - 1
+# what a build of torch for the CPU lacks is not called there
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None)  # type: ignore[assignment]
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 _counters: dict[tuple[int, int], torch.Tensor] = {}  # (device, stream) -> zeros
 _kernels: dict[tuple[str, int], driver.Kernel] = {}  # (Source.key, device)
 
@@ -141,16 +144,6 @@ def architecture(device: int) -> int:
     """A GPU's compute capability, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def current_device() -> int:
-    """The index of the thread's current GPU."""
-    return torch._C._cuda_getDevice()
-
-
-def current_stream(device: int) -> int:
-    """The handle of a GPU's current stream."""
-    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def _scratch(binary: driver.Binary, step: Launch) -> list[Workspace | int]:
