@@ -38,7 +38,7 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Renamed in 3.7 (barrier) and 3.8.
+    # Renamed in 3.7 (barrier), 3.8 and 3.9 (reinterpret, which takes the shared memory first).
     thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     if hasattr(tma, "async_load"):
         tma_load, tma_store = tma.async_load, tma.async_store
@@ -48,6 +48,10 @@ try:
         copy_async = async_copy.async_load
     else:
         copy_async = async_copy.async_copy_global_to_shared
+    if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+        reinterpret = gl.shared_memory_descriptor.reinterpret
+    else:
+        reinterpret = gl.shared_memory_descriptor._reinterpret
 except (ImportError, AttributeError) as error:
     _MISSING = str(error)
 
@@ -67,6 +71,7 @@ __all__ = [
     "mbarrier",
     "mma_v2",
     "refuse_gluon",
+    "reinterpret",
     "source_class",
     "thread_barrier",
     "tma",
