@@ -11,6 +11,7 @@ from calls import logical_weight
 from problems import draw, relative_error, tolerance
 
 import bitblas
+import bitblas.reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -252,6 +253,28 @@ def test_tuned_choices_take_the_place_of_prepared_ones(seed):
     product.assert_right(product())
     product.assert_right(product())
     product.assert_repeats()
+
+
+def test_dequantising_for_gradients_repeats(seed):
+    product = Product(seed, m=4)
+    A = product.problem.A.clone().requires_grad_()
+    grads = []
+    for _ in range(3):
+        A.grad = None
+        product(A).sum().backward()
+        grads.append(A.grad.clone())
+    weight = bitblas.reference.dequantize(product.config, product.problem.codes, **product.extras)
+    assert relative_error(grads[0], weight.sum(dim=0).expand(4, -1)) <= 3e-3
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+
+
+def test_every_device_has_kernels_of_its_own(seed):
+    """In turn, while device 0 is current: each kernel is loaded in the context of its device."""
+    products = [Product(seed, device=f"cuda:{i}") for i in range(torch.cuda.device_count())]
+    for _ in range(3):
+        for product in products:
+            product.assert_right(product())
+    assert torch.cuda.current_device() == 0
 
 
 def test_tf32_is_followed(seed):

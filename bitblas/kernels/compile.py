@@ -197,10 +197,11 @@ def _toolchain() -> str:
 
 
 def _environment() -> str:
-    """What of the environment decides how kernels come out."""
-    from triton._C.libtriton import get_cache_invalidating_env_vars
-
-    return f"{sorted(get_cache_invalidating_env_vars().items())} {os.getenv('TRITON_PTXAS_PATH')}"
+    """What of the environment may decide how kernels come out."""
+    names = ("TRITON_", "LLVM_", "MLIR_", "DISABLE_")
+    places = ("TRITON_CACHE_DIR", "TRITON_HOME")
+    found = {k: v for k, v in os.environ.items() if k.startswith(names) and k not in places}
+    return str(sorted(found.items()))
 
 
 @cache
