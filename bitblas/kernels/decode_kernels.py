@@ -1,0 +1,854 @@
+"""Device code of the decode family: at most 16 rows of 16-bit A, weights read once, on Hopper.
+
+A block owns a slab of K and walks over row tiles of W. The slab of A is staged in shared memory
+once; the weights go straight from global memory to registers, each lane holding the words of the
+units it will multiply next. K is split over the warps of a block, so between two tiles no warp
+waits for another: the only barriers are those of the sum over warps that ends a tile.
+
+    unit       UNIT_K values of k for the 16 * BANDS rows of a tile: what a warp decodes at a time
+    iteration  DEPTH units of a warp, DEPTH being also how many units ahead it loads
+    slab       ITERATIONS * WARPS * DEPTH * UNIT_K values of k
+
+Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
+    WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
+    SPAN: values of k in a pair of words, STEPS = SPAN / 16 of the matrix instruction's k-steps.
+    GROUP: values of k that share a scale, a power of two from 16 up; 0: one scale for a row.
+    SUMS: whether the sums of A are needed (zero points, or codes with an offset).
+    raw value, UNIT, ONE, SHIFT, ZERO: from the decoder, a value for each half of 16 rows:
+        sum of value * a = UNIT * (sum of raw * a + (SHIFT - ZERO * zero point) * sum of ONE * a).
+        Everything but the factor UNIT is applied group by group; that one is left to the end.
+"""
+
+# Gluon gives these functions' parameters their types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from .versions import async_copy, copy_async, gl, gluon, mma_v2, thread_barrier
+
+# --- layouts ---------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def powers(count, dims, dim):
+    """Bases 1, 2, .. count/2 along one of `dims` dimensions."""
+    bases, step = [], 1
+    while step < count:
+        basis = [0] * dims
+        basis[dim] = step
+        bases.append(basis)
+        step *= 2
+    return bases
+
+
+@gluon.constexpr_function
+def words_layout(WARPS, BANDS, CHUNKS):
+    """[WARPS, BANDS, CHUNKS, 128 words]: a lane owns whole 16-byte chunks."""
+    lanes = [[0, 0, 0, 4 << i] for i in range(5)]
+    registers = [[0, 0, 0, 1], [0, 0, 0, 2]] + powers(CHUNKS, 4, 2) + powers(BANDS, 4, 1)
+    shape = [WARPS, BANDS, CHUNKS, 128]
+    return gl.DistributedLinearLayout(registers, lanes, powers(WARPS, 4, 0), [], shape)
+
+
+@gluon.constexpr_function
+def scales_layout(WARPS, BANDS, COUNT):
+    """[WARPS, 16 * BANDS rows, COUNT groups]: as the accumulator holds its rows."""
+    registers = powers(COUNT, 3, 2) + [[0, 8 << i, 0] for i in range(5) if 8 << i < 16 * BANDS]
+    lanes = [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    shape = [WARPS, 16 * BANDS, COUNT]
+    return gl.DistributedLinearLayout(registers, lanes, powers(WARPS, 3, 0), [], shape)
+
+
+@gluon.constexpr_function
+def partial_sums_layout(WARPS, ROWS, COLUMNS):
+    """[WARPS, COLUMNS of A, ROWS of W], every warp's part in registers; lanes along W's rows."""
+    lanes = powers(min(32, ROWS), 3, 2)
+    rest = powers(COLUMNS, 3, 1)
+    while len(lanes) < 5 and rest:
+        lanes = lanes + [rest[0]]
+        rest = rest[1:]
+    while len(lanes) < 5:
+        lanes = lanes + [[0, 0, 0]]
+    more = [[0, 0, 32 << i] for i in range(5) if 32 << i < ROWS] + rest
+    warps = []
+    while len(warps) < len(powers(WARPS, 1, 0)):
+        if more:
+            warps = warps + [more[0]]
+            more = more[1:]
+        else:
+            warps = warps + [[0, 0, 0]]
+    shape = [WARPS, COLUMNS, ROWS]
+    return gl.DistributedLinearLayout(powers(WARPS, 3, 0) + more, lanes, warps, [], shape)
+
+
+@gluon.constexpr_function
+def unit_layout(ROWS):
+    """Shared memory of A, [WARPS, ROWS, UNIT_K], as it is read; swizzled for matrix loads."""
+    return gl.SwizzledSharedLayout(8, 1, 8 if ROWS > 1 else 1, [2, 1, 0])
+
+
+@gluon.constexpr_function
+def whole_layout(ROWS):
+    """The same of several units, [units, WARPS, ROWS, UNIT_K], as it is written."""
+    return gl.SwizzledSharedLayout(8, 1, 8 if ROWS > 1 else 1, [3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def staging_layout(WARPS, ROWS, UNIT_K, VECTOR):
+    """[units, WARPS, ROWS of A, UNIT_K] with VECTOR consecutive k in a thread."""
+    along_k = min(32, UNIT_K // VECTOR)
+    across = min(32 // along_k, ROWS)
+    return gl.BlockedLayout(
+        [1, 1, 1, VECTOR], [32 // along_k // across, 1, across, along_k], [1, WARPS, 1, 1],
+        [3, 2, 1, 0],
+    )  # fmt: skip
+
+
+# --- small pieces ----------------------------------------------------------------------------
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Until the kernels before this one in the stream are complete (programmatic launch).
+
+    The volatile assembly is also where the compiler stops moving loads down.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def let_next_kernel_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def keep_loads_here():
+    """No load moves across: else the compiler gathers all loads of an iteration at its end."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def take(x, INDEX: gl.constexpr):
+    """x[..., INDEX] of a register dimension: splits cost no instruction."""
+    COUNT: gl.constexpr = x.shape[len(x.shape) - 1]
+    if COUNT == 1:
+        return x.reshape(x.shape[: len(x.shape) - 1])
+    else:
+        even, odd = gl.split(x.reshape(x.shape[: len(x.shape) - 1] + [COUNT // 2, 2]))
+        if INDEX % 2 == 0:
+            return take(even, INDEX // 2)
+        else:
+            return take(odd, INDEX // 2)
+
+
+@gluon.jit
+def per_row(VALUES: gl.constexpr, WARPS: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """[WARPS, ROWS]: VALUES[0] in the first eight rows of every sixteen, VALUES[1] in the others."""
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+    both = gl.where((row // 8) % 2 == 0, VALUES[0], VALUES[1])
+    return both + gl.zeros([WARPS, ROWS], gl.float32, LAYOUT)
+
+
+@gluon.jit
+def ones_operand(
+    ONE: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr, LENGTH: gl.constexpr,
+    dA: gl.constexpr,
+):  # fmt: skip
+    """[WARPS, 16, LENGTH]: a row operand whose product gives the sums of A."""
+    row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, dA))).expand_dims(0).expand_dims(2)
+    both = gl.where((row // 8) % 2 == 0, ONE[0], ONE[1]).to(DTYPE)
+    both, like = gl.broadcast(both, gl.full([WARPS, 16, LENGTH], 0.0, DTYPE, dA))
+    return both
+
+
+@gluon.jit
+def decode_scale(raw, SCALE_KIND: gl.constexpr):
+    """Scales in any encoding -> float32."""
+    if SCALE_KIND == "e8m0":
+        byte = raw.to(gl.int32)
+        bits = gl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal in float32
+        return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
+    elif SCALE_KIND == "e4m3":
+        byte = raw.to(gl.int32)
+        magnitude = byte & 0x7F
+        value = (magnitude << 20).to(gl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        value = gl.where(magnitude == 0x7F, float("nan"), value)
+        return gl.where(byte > 0x7F, -value, value)
+    else:
+        return raw.to(gl.float32)
+
+
+# --- loads -----------------------------------------------------------------------------------
+
+
+@gluon.jit
+def plane_pointers(
+    W, tile, first_chunk, warp_chunks, chunks, valid,
+    PLANE_CHUNK: gl.constexpr, TILE_CHUNKS: gl.constexpr, PER_TILE: gl.constexpr,
+    EXACT: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """(pointers, mask) of one plane's words of a unit for every warp: [WARPS, BANDS, CHUNKS, 128].
+
+    first_chunk: of warp 0, counted along K in this plane; warp w starts w * warp_chunks later.
+    chunks: those that the packed weight holds. PER_TILE chunks of the plane lie in a layout tile of
+    TILE_CHUNKS chunks, from PLANE_CHUNK on.
+    """
+    L: gl.constexpr = words_layout(WARPS, BANDS, CHUNKS)
+    L3: gl.constexpr = gl.SliceLayout(3, L)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
+    band = gl.arange(0, BANDS, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
+    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
+    word = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
+    warp = warp.expand_dims(1).expand_dims(2).expand_dims(3)
+    band = band.expand_dims(0).expand_dims(2).expand_dims(3)
+    chunk = chunk.expand_dims(0).expand_dims(1).expand_dims(3)
+    word = word.expand_dims(0).expand_dims(1).expand_dims(2)
+    # rows: 64 to a layout tile, 4 bands; K: `chunks` chunks of this plane. What differs between the
+    # registers of a lane is added last, so that it becomes the loads' immediate offset.
+    block = tile * BANDS
+    along_k = first_chunk + warp * warp_chunks
+    if PER_TILE == TILE_CHUNKS:
+        base = W + ((block // 4) * chunks).to(gl.int64) * 512 + (block % 4) * 128
+        base = base + (along_k * 512 + word)
+        place = chunk
+    else:
+        tiles_k = chunks // PER_TILE
+        base = W + ((block // 4) * tiles_k).to(gl.int64) * (512 * TILE_CHUNKS) + (block % 4) * 128
+        # units start on a layout tile here, and CHUNKS of them lie in one or fill whole ones
+        in_tile = along_k // PER_TILE * TILE_CHUNKS + PLANE_CHUNK
+        base = base + (in_tile * 512 + word)
+        place = chunk // PER_TILE * TILE_CHUNKS + chunk % PER_TILE
+    pointer = base + (place * 512 + band * 128)
+    mask = valid & gl.full([WARPS, BANDS, CHUNKS, 128], 1, gl.int1, L)
+    if not EXACT:
+        mask = mask & (along_k + chunk < chunks)
+    return pointer, mask
+
+
+@gluon.jit
+def load_plane(
+    W, tile, first_chunk, warp_chunks, chunks, valid,
+    PLANE_CHUNK: gl.constexpr, TILE_CHUNKS: gl.constexpr, PER_TILE: gl.constexpr,
+    EXACT: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """One plane's words of a unit in registers."""
+    pointer, mask = plane_pointers(
+        W, tile, first_chunk, warp_chunks, chunks, valid, PLANE_CHUNK, TILE_CHUNKS, PER_TILE,
+        EXACT, WARPS, BANDS, CHUNKS,
+    )  # fmt: skip
+    if EXACT:  # whatever a register holds where the load is left out is not used
+        return gl.load(pointer, mask=mask, eviction_policy="evict_first")
+    else:
+        return gl.load(pointer, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@gluon.jit
+def load_unit(
+    W, tile, first_k, K_CHUNKS_K, valid,
+    WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr, EXACT: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    """The words of a unit, one tensor for each plane. first_k: of warp 0; K_CHUNKS_K: K padded."""
+    TILE_CHUNKS: gl.constexpr = TILE_K * (WIDTH + EXTRA) // 256
+    CHUNK_K: gl.constexpr = 256 // WIDTH
+    main = load_plane(
+        W, tile, first_k // CHUNK_K, DEPTH * UNIT_K // CHUNK_K, K_CHUNKS_K // CHUNK_K, valid,
+        0, TILE_CHUNKS, TILE_K // CHUNK_K, EXACT, WARPS, BANDS, UNIT_K // CHUNK_K,
+    )  # fmt: skip
+    if EXTRA != 0:
+        extra = load_plane(
+            W, tile, first_k // 256, DEPTH * UNIT_K // 256, K_CHUNKS_K // 256, valid,
+            TILE_K // CHUNK_K, TILE_CHUNKS, TILE_K // 256, EXACT, WARPS, BANDS, UNIT_K // 256,
+        )  # fmt: skip
+        return main, extra
+    else:
+        return main, main
+
+
+@gluon.jit
+def copy_unit(
+    target, W, tile, first_k, padded_k, valid,
+    WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr, EXACT: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    """Start copying the words of a unit to shared memory; target: as shared_unit allocates it."""
+    TILE_CHUNKS: gl.constexpr = TILE_K * (WIDTH + EXTRA) // 256
+    CHUNK_K: gl.constexpr = 256 // WIDTH
+    pointer, mask = plane_pointers(
+        W, tile, first_k // CHUNK_K, DEPTH * UNIT_K // CHUNK_K, padded_k // CHUNK_K, valid,
+        0, TILE_CHUNKS, TILE_K // CHUNK_K, EXACT, WARPS, BANDS, UNIT_K // CHUNK_K,
+    )  # fmt: skip
+    copy_async(target[0], pointer, mask=mask)
+    if EXTRA != 0:
+        pointer, mask = plane_pointers(
+            W, tile, first_k // 256, DEPTH * UNIT_K // 256, padded_k // 256, valid,
+            TILE_K // CHUNK_K, TILE_CHUNKS, TILE_K // 256, EXACT, WARPS, BANDS, UNIT_K // 256,
+        )  # fmt: skip
+        copy_async(target[1], pointer, mask=mask)
+
+
+@gluon.jit
+def shared_unit(
+    WIDTH: gl.constexpr, EXTRA: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr,
+    UNIT_K: gl.constexpr,
+):  # fmt: skip
+    """Shared memory for the words of a unit, one buffer for each plane."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    main = gl.allocate_shared_memory(
+        gl.int32, [WARPS, BANDS, UNIT_K * WIDTH // 256, 128], FLAT
+    )  # fmt: skip
+    if EXTRA != 0:
+        extra = gl.allocate_shared_memory(gl.int32, [WARPS, BANDS, UNIT_K // 256, 128], FLAT)
+        return main, extra
+    else:
+        return main, main
+
+
+@gluon.jit
+def load_shared_unit(source):
+    """The words of a unit from shared memory, as load_unit returns them."""
+    main = source[0].load(
+        words_layout(source[0].shape[0], source[0].shape[1], source[0].shape[2])
+    )  # fmt: skip
+    extra = source[1].load(
+        words_layout(source[1].shape[0], source[1].shape[1], source[1].shape[2])
+    )  # fmt: skip
+    return main, extra
+
+
+@gluon.jit
+def load_groups(
+    POINTER, tile, first_k, N, G, valid,
+    GROUP: gl.constexpr, ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
+    COUNT: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, WARP_K: gl.constexpr,
+):  # fmt: skip
+    """Elements of an (N, G) array for the groups that each warp meets: [WARPS, rows, COUNT]."""
+    L: gl.constexpr = scales_layout(WARPS, BANDS, COUNT)
+    L2: gl.constexpr = gl.SliceLayout(2, L)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, L2)).expand_dims(1).expand_dims(2)
+    row = gl.arange(0, 16 * BANDS, gl.SliceLayout(0, L2)).expand_dims(0).expand_dims(2)
+    each = gl.arange(0, COUNT, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    each = each.expand_dims(0).expand_dims(1)
+    if ALIGNED:  # lets the compiler see that COUNT elements can be read at once
+        G = G // COUNT * COUNT
+    if GROUP == 0:
+        group = each + warp * 0
+    else:
+        if COUNT > 1:
+            group = (first_k + warp * WARP_K) // (GROUP * COUNT) * COUNT + each
+        else:
+            group = (first_k + warp * WARP_K) // GROUP + each
+    n = tile * (16 * BANDS) + row
+    mask = valid & gl.full([WARPS, 16 * BANDS, COUNT], 1, gl.int1, L)
+    if not ROWS_EXACT:
+        mask = mask & (n < N)
+    if EXACT:  # whatever a register holds where the load is left out is not used
+        return gl.load(POINTER + (tile * (16 * BANDS) * G + (row * G + group)), mask=mask)
+    else:
+        mask = mask & (group < G)
+        return gl.load(POINTER + (n * G + group), mask=mask, other=0)
+
+
+@gluon.jit
+def load_packed_zeros(
+    POINTER, tile, first_k, N, G, valid,
+    BITS: gl.constexpr, GROUP: gl.constexpr, COUNT: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, WARP_K: gl.constexpr,
+):  # fmt: skip
+    """The same from a bit-packed (G, ceil(N*BITS/8)) array, as int32."""
+    L: gl.constexpr = scales_layout(WARPS, BANDS, COUNT)
+    L2: gl.constexpr = gl.SliceLayout(2, L)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, L2)).expand_dims(1).expand_dims(2)
+    row = gl.arange(0, 16 * BANDS, gl.SliceLayout(0, L2)).expand_dims(0).expand_dims(2)
+    each = gl.arange(0, COUNT, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    each = each.expand_dims(0).expand_dims(1)
+    if GROUP == 0:
+        group = each + warp * 0
+    else:
+        group = (first_k + warp * WARP_K) // GROUP + each
+    n = tile * (16 * BANDS) + row
+    mask = valid & (n < N) & (group < G)
+    row_bytes = (N * BITS + 7) // 8
+    bit = n * BITS
+    byte = bit // 8
+    pointer = POINTER + (group.to(gl.int64) * row_bytes + byte)
+    value = gl.load(pointer, mask=mask, other=0).to(gl.int32) & 0xFF
+    if 8 % BITS != 0:  # codes may cross into the next byte
+        high = gl.load(pointer + 1, mask=mask & (byte + 1 < row_bytes), other=0)
+        value = value | ((high.to(gl.int32) & 0xFF) << 8)
+    return (value >> (bit % 8)) & ((1 << BITS) - 1)
+
+
+@gluon.jit
+def load_scales_and_zeros(
+    SCALE, ZEROS, tile, first_k, N, G, valid,
+    BITS: gl.constexpr, SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
+    ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr, COUNT: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, WARP_K: gl.constexpr,
+):  # fmt: skip
+    """(scales, zeros) for COUNT groups of each warp, as they are stored; zeros where there are none."""
+    nothing = gl.zeros([WARPS, 16 * BANDS, COUNT], gl.int32, scales_layout(WARPS, BANDS, COUNT))
+    if SCALE_KIND == "none":
+        scale = nothing
+    else:
+        scale = load_groups(
+            SCALE, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS,
+            WARP_K,
+        )  # fmt: skip
+    if ZEROS_KIND == "none":
+        zero = nothing
+    elif ZEROS_KIND == "quantized":
+        zero = load_packed_zeros(
+            ZEROS, tile, first_k, N, G, valid, BITS, GROUP, COUNT, WARPS, BANDS, WARP_K
+        )  # fmt: skip
+    else:
+        zero = load_groups(
+            ZEROS, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS,
+            WARP_K,
+        )  # fmt: skip
+    return scale, zero
+
+
+@gluon.jit
+def stage_units(
+    A, target, first_k, M, K, valid, FIRST: gl.constexpr, COUNT: gl.constexpr,
+    ROWS: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr, UNIT_K: gl.constexpr,
+    VECTOR: gl.constexpr,
+):  # fmt: skip
+    """COUNT (a power of two) units of A, from unit FIRST after first_k on; zero outside A."""
+    L: gl.constexpr = staging_layout(WARPS, ROWS, UNIT_K, 8 if VECTOR == 8 else 2)
+    L3: gl.constexpr = gl.SliceLayout(3, L)
+    unit = FIRST + gl.arange(0, COUNT, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
+    warp = gl.arange(0, WARPS, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
+    kk = gl.arange(0, UNIT_K, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
+    unit = unit.expand_dims(1).expand_dims(2).expand_dims(3)
+    warp = warp.expand_dims(0).expand_dims(2).expand_dims(3)
+    m = m.expand_dims(0).expand_dims(1).expand_dims(3)
+    kk = kk.expand_dims(0).expand_dims(1).expand_dims(2)
+    if VECTOR == 8:  # lets the compiler see that rows start on 16 bytes
+        K = K // 8 * 8
+    k = first_k + unit // DEPTH * (WARPS * DEPTH * UNIT_K) + unit % DEPTH * UNIT_K
+    k = k + warp * (DEPTH * UNIT_K) + kk
+    pointer = A + (m * K + k)
+    mask = (m < M) & (k < K) & valid
+    if VECTOR == 8:
+        copy_async(target, pointer, mask=mask)
+    else:
+        target.store(gl.load(pointer, mask=mask, other=0.0))
+
+
+@gluon.jit
+def stage_activations(
+    A, a_smem, first_k, M, K, UNITS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+    WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr,
+):  # fmt: skip
+    """The slab of A in shared memory, [UNITS, WARPS, ROWS, UNIT_K], zero outside A.
+
+    In few large copies, as tensors go in powers of two and a barrier precedes each but the first.
+    """
+    everything = a_smem._reinterpret(
+        a_smem.dtype, [UNITS, WARPS, ROWS, UNIT_K], whole_layout(ROWS)
+    )  # fmt: skip
+    for i in gl.static_range(12):
+        if UNITS & (2048 >> i) != 0:
+            stage_units(
+                A, everything.slice(UNITS // (4096 >> i) * (4096 >> i), 2048 >> i), first_k, M, K,
+                True, UNITS // (4096 >> i) * (4096 >> i), 2048 >> i,
+                ROWS, DEPTH, WARPS, UNIT_K, VECTOR,
+            )  # fmt: skip
+    if VECTOR == 8:
+        async_copy.commit_group()
+
+
+# --- the product -----------------------------------------------------------------------------
+
+
+@gluon.jit
+def fold(
+    acc, part, sums, scale, zero,
+    SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr,
+    ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """acc + the sums of raw products of one group, with everything that applies to the group.
+
+    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns]; scale, zero: [WARPS, rows].
+    """
+    ROWS: gl.constexpr = 16 * BANDS
+    SL: gl.constexpr = gl.SliceLayout(2, MMA)
+    offset = per_row(SHIFT, WARPS, ROWS, SL)
+    scale = gl.convert_layout(scale, SL, assert_trivial=True)
+    zero = gl.convert_layout(zero, SL, assert_trivial=True).to(gl.float32)
+    if ZEROS_KIND != "none":
+        if ZERO[0] != 1 or ZERO[1] != 1:
+            zero = zero * per_row(ZERO, WARPS, ROWS, SL)
+        if ZEROS_KIND != "rescale":
+            offset = offset - zero
+    if SCALE_KIND != "none":
+        scale = decode_scale(scale, SCALE_KIND)
+        offset = offset * scale
+    if ZEROS_KIND == "rescale":
+        offset = offset - zero
+    if SCALE_KIND == "none":
+        acc = acc + part
+    else:
+        factor, part = gl.broadcast(scale.expand_dims(2), part)
+        acc = gl.fma(part, factor, acc)
+    if SUMS:
+        if BANDS > 1:
+            COLUMNS: gl.constexpr = sums.shape[2]
+            wide = acc.reshape([WARPS, BANDS, 16, COLUMNS])
+            sums = gl.convert_layout(
+                sums.reshape([WARPS, 1, 16, COLUMNS]), wide.type.layout, assert_trivial=True
+            )  # fmt: skip
+            sums, wide = gl.broadcast(sums, wide)
+            sums = gl.convert_layout(sums.reshape([WARPS, ROWS, COLUMNS]), MMA, assert_trivial=True)
+        offset, sums = gl.broadcast(offset.expand_dims(2), sums)
+        acc = gl.fma(sums, offset, acc)
+    return acc
+
+
+@gluon.jit
+def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
+    """A of a unit as the column operand: [WARPS, UNIT_K, columns]."""
+    if SINGLE:  # one row: every column reads it, the others' results are never stored
+        single = a_smem.index(unit)
+        row = single.reshape([single.shape[0], single.shape[2]]).load(gl.SliceLayout(2, dB))
+        row = row.expand_dims(2)
+        like = gl.full([row.shape[0], row.shape[1], 8], 0, row.dtype, dB)
+        row, like = gl.broadcast(row, like)
+        return row
+    else:
+        return a_smem.index(unit).permute((0, 2, 1)).load(dB)
+
+
+@gluon.jit
+def multiply_unit(
+    main, extra, b, scales, zeros, acc, part, sums,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr,
+    SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
+    ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, WARP_K: gl.constexpr,
+    COLUMNS: gl.constexpr, FIRST: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """acc, part and sums with the products of one unit added.
+
+    part, sums: of the group that is not complete yet (without groups: of the row), acc: of the
+    groups before. main, extra: words as load_plane returns them; b: [WARPS, UNIT_K, columns];
+    scales, zeros: [WARPS, rows, groups of an iteration]. FIRST: the unit's first k in its iteration.
+    """
+    ROWS: gl.constexpr = 16 * BANDS
+    dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    dB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    CHUNKS: gl.constexpr = UNIT_K * WIDTH // 256
+    SPAN: gl.constexpr = 512 // WIDTH // 4
+    STEPS: gl.constexpr = SPAN // 16
+    PAIRS: gl.constexpr = UNIT_K // SPAN
+    SHARED: gl.constexpr = WARP_K if GROUP == 0 or GROUP > WARP_K else GROUP
+    IN_UNIT: gl.constexpr = UNIT_K if SHARED > UNIT_K else SHARED
+    PER_PART: gl.constexpr = IN_UNIT // SPAN if IN_UNIT > SPAN else 1  # pairs decoded together
+    PARTS: gl.constexpr = PAIRS // PER_PART
+    DTYPE: gl.constexpr = b.dtype
+
+    w = main.reshape([WARPS, BANDS, CHUNKS, 8, 4, 2, 2]).permute([0, 1, 3, 4, 2, 5, 6])
+    w = w.reshape([WARPS, BANDS, 8, 4, PARTS, PER_PART, 2]).permute([0, 1, 2, 3, 5, 6, 4])
+    if EXTRA != 0:
+        # a word of the 1-bit plane covers a pair of words of the 2-bit plane
+        e = extra.reshape([WARPS, BANDS, CHUNKS // 2, 8, 4, 4]).permute([0, 1, 3, 4, 2, 5])
+        e = e.reshape([WARPS, BANDS, 8, 4, PARTS, PER_PART]).permute([0, 1, 2, 3, 5, 4])
+    b = b.reshape([WARPS, PARTS, PER_PART, STEPS, 16, COLUMNS]).permute([0, 2, 4, 5, 3, 1])
+    ones = ones_operand(ONE, DTYPE, WARPS, PER_PART * 16, dA)
+    for p in gl.static_range(PARTS):
+        words = take(w, p)
+        operands = [words]
+        if EXTRA != 0:
+            operands = [words, gl.join(take(e, p), take(e, p))]
+        if DTYPE == gl.float16:
+            o = gl.inline_asm_elementwise(
+                ASM, CONSTRAINTS, operands, dtype=(gl.float16,) * (2 * 16 // WIDTH), is_pure=True, pack=2
+            )  # fmt: skip
+        else:
+            o = gl.inline_asm_elementwise(
+                ASM, CONSTRAINTS, operands, dtype=(gl.bfloat16,) * (2 * 16 // WIDTH), is_pure=True, pack=2
+            )  # fmt: skip
+        bp = take(b, p)
+        for t in gl.static_range(STEPS):
+            # the two halves of a register are the two words of a pair to the compiler: dimension 5
+            # is h from here on; joins add r3 and x
+            a = gl.join(gl.join(o[4 * t], o[4 * t + 1]), gl.join(o[4 * t + 2], o[4 * t + 3]))
+            a = a.permute([0, 1, 6, 2, 4, 7, 3, 5]).reshape([WARPS, ROWS, PER_PART * 16])
+            a = gl.convert_layout(a, dA, assert_trivial=True)
+            bt = take(bp, t).reshape([WARPS, PER_PART * 16, COLUMNS])
+            bt = gl.convert_layout(bt, dB, assert_trivial=True)
+            if GROUP != 0 and (FIRST + p * PER_PART * SPAN + t * 16) % SHARED == 0:
+                part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+                sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
+            part = mma_v2(a, bt, part)
+            if SUMS:
+                sums = mma_v2(ones, bt, sums)
+            # k up to which this step completes the iteration: its last pair's, its own
+            if (
+                GROUP != 0
+                and (FIRST + (p * PER_PART + PER_PART - 1) * SPAN + t * 16 + 16) % SHARED == 0
+            ):
+                acc = fold(
+                    acc, part, sums,
+                    take(scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
+                    take(zeros, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
+                    SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, WARPS, BANDS, MMA,
+                )  # fmt: skip
+    return acc, part, sums
+
+
+@gluon.jit
+def successor(
+    tile, i, steps, slab_k, ITERATIONS: gl.constexpr, STRIDE_K: gl.constexpr
+):  # fmt: skip
+    """(tile, first k) of the iteration that comes `steps` after iteration i of a tile."""
+    then = i + steps
+    same = then < ITERATIONS
+    tile = gl.where(same, tile, tile + gl.num_programs(0))
+    return tile, slab_k + gl.where(same, then, then - ITERATIONS) * STRIDE_K
+
+
+@gluon.jit
+def multiply_ring(
+    ring, a_units, first_unit, scales, zeros, acc, part, sums,
+    W, following, next_k, padded_k, valid, EXACT: gl.constexpr, TILE_K: gl.constexpr,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr,
+    SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
+    ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr, SINGLE: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """An iteration from the words in `ring` and A from a_units on, each unit's registers being refilled from tile
+    `following`, k `next_k`, as soon as they are decoded; returns acc, part, sums and the ring."""
+    refilled = ()
+    for d in gl.static_range(DEPTH):
+        acc, part, sums = multiply_unit(
+            ring[d][0], ring[d][1],
+            load_operand(a_units, first_unit + d, SINGLE, gl.DotOperandLayout(1, MMA, 2)),
+            scales, zeros, acc, part, sums,
+            ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+            ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH * UNIT_K, COLUMNS, d * UNIT_K, MMA,
+        )  # fmt: skip
+        refilled = refilled + (load_unit(
+            W, following, next_k + d * UNIT_K, padded_k, valid,
+            WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K, DEPTH,
+        ),)  # fmt: skip
+        keep_loads_here()
+    return acc, part, sums, refilled
+
+
+@gluon.jit
+def store_rows(
+    OUT, BIAS, GLOBAL_SCALE, result, m, n, N, inside
+):  # fmt: skip
+    """Epilogue of a tile: global scale, bias, conversion, store."""
+    if GLOBAL_SCALE is not None:
+        result = result * gl.load(GLOBAL_SCALE)
+    if BIAS is not None:
+        result = result + gl.load(BIAS + n, mask=inside, other=0).to(gl.float32)
+    gl.store(OUT + (m * N + n), result.to(OUT.dtype.element_ty), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "K", "G", "EARLY"])
+def decode_kernel(
+    A, W, OUT, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, COUNTERS,
+    M, N, K, G, EARLY,
+    BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr,
+    UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
+    SUMS: gl.constexpr,
+    SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
+    GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
+    VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
+    ITERATIONS: gl.constexpr, SPLIT_K: gl.constexpr, PRELOAD: gl.constexpr,
+    A_STAGES: gl.constexpr,
+):  # fmt: skip
+    """OUT[M, N], M <= ROWS_A (1, 8 or 16). Grid: (blocks along N, SPLIT_K slabs of K).
+
+    EARLY: whether the weights may be read before the previous kernel in the stream is complete.
+    EXACT: K is a whole number of slabs; ROWS_EXACT: N of tiles. GROUPS_ALIGNED: a warp's scales of an iteration can be read
+    at once. VECTOR: values of A that can be copied at once, 8 or 1.
+    PARTS: float32 (SPLIT_K, M, N), COUNTERS: int32, one for each tile, zero before and after; both
+    None where SPLIT_K = 1. Whichever block finishes a tile last adds its parts, always in the same
+    order, so the result does not depend on timing.
+    """
+    ROWS: gl.constexpr = 16 * BANDS
+    COLUMNS: gl.constexpr = 16 if ROWS_A == 16 else 8
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
+    )  # fmt: skip
+    dB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    UNITS: gl.constexpr = ITERATIONS * DEPTH
+    WARP_K: gl.constexpr = DEPTH * UNIT_K  # of a warp in an iteration
+    STRIDE_K: gl.constexpr = WARPS * WARP_K
+    COUNT: gl.constexpr = WARP_K // GROUP if GROUP != 0 and GROUP < WARP_K else 1
+
+    if A_STAGES == 0:
+        a_smem = gl.allocate_shared_memory(
+            A.dtype.element_ty, [UNITS, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
+        )  # fmt: skip
+    else:
+        a_smem = gl.allocate_shared_memory(
+            A.dtype.element_ty, [A_STAGES, DEPTH, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
+        )  # fmt: skip
+    # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
+    # the reads along rows meet in a bank
+    sum_smem = gl.allocate_shared_memory(
+        gl.float32, [WARPS, ROWS_A, ROWS],
+        gl.SwizzledSharedLayout(8, 2, min(4, ROWS // 8), [2, 1, 0])
+        if ROWS_A > 1
+        else gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]),
+    )  # fmt: skip
+
+    let_next_kernel_start()
+    if EARLY == 0:
+        wait_for_previous_kernel()
+    slab_k = gl.program_id(1) * (ITERATIONS * STRIDE_K)
+    padded_k = (K + TILE_K - 1) // TILE_K * TILE_K
+    tiles = (N + ROWS - 1) // ROWS
+    tile = gl.program_id(0)
+    ring = ()
+    for d in gl.static_range(DEPTH):
+        ring = ring + (load_unit(
+            W, tile, slab_k + d * UNIT_K, padded_k, tile < tiles,
+            WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K, DEPTH,
+        ),)  # fmt: skip
+    keep_loads_here()
+    scale, zero = load_scales_and_zeros(
+        SCALE, ZEROS, tile, slab_k, N, G, tile < tiles, BITS, SCALE_KIND, ZEROS_KIND, GROUP,
+        GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
+    )  # fmt: skip
+    wait_for_previous_kernel()
+    if A_STAGES == 0:
+        stage_activations(A, a_smem, slab_k, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR)
+    for j in gl.static_range(A_STAGES - 1 if A_STAGES > 0 else 0):
+        later, later_k = successor(tile, 0, j, slab_k, ITERATIONS, STRIDE_K)
+        stage_units(
+            A, a_smem.index(j), later_k, M, K, later < tiles, 0, DEPTH, ROWS_A, DEPTH, WARPS,
+            UNIT_K, VECTOR,
+        )  # fmt: skip
+        async_copy.commit_group()
+    preloaded = ()
+    for u in gl.static_range(PRELOAD * DEPTH):
+        target = shared_unit(WIDTH, EXTRA, WARPS, BANDS, UNIT_K)
+        copy_unit(
+            target, W, tile, slab_k + (1 + u // DEPTH) * STRIDE_K + u % DEPTH * UNIT_K, padded_k,
+            tile < tiles, WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K, DEPTH,
+        )  # fmt: skip
+        preloaded = preloaded + (target,)
+    if A_STAGES == 0:
+        if PRELOAD > 0:
+            async_copy.commit_group()
+            async_copy.wait_group(1)
+        else:
+            async_copy.wait_group(0)
+        thread_barrier()
+
+    first = True
+    stage = 0
+    while tile < tiles:
+        acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+        part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+        sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
+        scales = scale
+        zeros = zero
+        for i in range(ITERATIONS):
+            following, next_k = successor(tile, i, 1, slab_k, ITERATIONS, STRIDE_K)
+            scales = scale
+            zeros = zero
+            scale, zero = load_scales_and_zeros(
+                SCALE, ZEROS, following, next_k, N, G, following < tiles, BITS, SCALE_KIND,
+                ZEROS_KIND, GROUP, GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
+            )  # fmt: skip
+            if A_STAGES > 0:
+                async_copy.wait_group(A_STAGES - 2)
+                later, later_k = successor(tile, i, A_STAGES - 1, slab_k, ITERATIONS, STRIDE_K)
+                stage_units(
+                    A, a_smem.index((stage + A_STAGES - 1) % A_STAGES), later_k, M, K,
+                    later < tiles, 0, DEPTH, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR,
+                )  # fmt: skip
+                async_copy.commit_group()
+                units = a_smem.index(stage)._reinterpret(
+                    a_smem.dtype, [DEPTH, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
+                )  # fmt: skip
+                acc, part, sums, ring = multiply_ring(
+                    ring, units, 0, scales, zeros, acc, part, sums,
+                    W, following, next_k, padded_k, following < tiles, EXACT, TILE_K,
+                    ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                    ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH, COLUMNS, ROWS_A == 1, MMA,
+                )  # fmt: skip
+                stage = (stage + 1) % A_STAGES
+            elif PRELOAD == 0:
+                acc, part, sums, ring = multiply_ring(
+                    ring, a_smem, i * DEPTH, scales, zeros, acc, part, sums,
+                    W, following, next_k, padded_k, following < tiles, EXACT, TILE_K,
+                    ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                    ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH, COLUMNS, ROWS_A == 1, MMA,
+                )  # fmt: skip
+            elif first and i == 1:
+                async_copy.wait_group(0)
+                for d in gl.static_range(DEPTH):
+                    words = load_shared_unit(preloaded[d])
+                    acc, part, sums = multiply_unit(
+                        words[0], words[1],
+                        load_operand(a_smem, i * DEPTH + d, ROWS_A == 1, dB),
+                        scales, zeros, acc, part, sums,
+                        ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                        ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH * UNIT_K, COLUMNS,
+                        d * UNIT_K, MMA,
+                    )  # fmt: skip
+            else:
+                steps = gl.where(first & (i == 0), PRELOAD + 1, 1)
+                following, next_k = successor(tile, i, steps, slab_k, ITERATIONS, STRIDE_K)
+                acc, part, sums, ring = multiply_ring(
+                    ring, a_smem, i * DEPTH, scales, zeros, acc, part, sums,
+                    W, following, next_k, padded_k, following < tiles, EXACT, TILE_K,
+                    ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                    ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH, COLUMNS, ROWS_A == 1, MMA,
+                )  # fmt: skip
+        if GROUP == 0:
+            acc = fold(
+                acc, part, sums, take(scales, 0), take(zeros, 0),
+                SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO,
+                WARPS, BANDS, MMA,
+            )  # fmt: skip
+        unit = per_row(UNIT, WARPS, ROWS, gl.SliceLayout(2, MMA)).expand_dims(2)
+        unit, acc = gl.broadcast(unit, acc)
+        acc = acc * unit
+        # the sum over warps
+        if ROWS_A == 1:  # all columns are equal
+            sum_smem.reshape([WARPS, ROWS]).store(gl.max(acc, axis=2))
+        else:
+            sum_smem.permute((0, 2, 1)).store(acc)
+        SUM: gl.constexpr = partial_sums_layout(WARPS, ROWS, ROWS_A)
+        OUTPUT: gl.constexpr = gl.SliceLayout(0, SUM)
+        result = gl.sum(sum_smem.load(SUM), axis=0)
+        m = gl.arange(0, ROWS_A, gl.SliceLayout(1, OUTPUT)).expand_dims(1)
+        n = (tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, OUTPUT))).expand_dims(0)
+        inside = (m < M) & (n < N)
+        if SPLIT_K == 1:
+            store_rows(OUT, BIAS, GLOBAL_SCALE, result, m, n, N, inside)
+        else:
+            gl.store(PARTS + gl.program_id(1) * (M * N) + (m * N + n), result, mask=inside)
+            thread_barrier()
+            finished = gl.atomic_add(COUNTERS + tile, 1, sem="acq_rel")
+            if finished == SPLIT_K - 1:
+                total = gl.zeros_like(result)
+                for s in gl.static_range(SPLIT_K):
+                    part_s = PARTS + s * (M * N) + (m * N + n)
+                    total += gl.load(part_s, mask=inside, other=0.0, cache_modifier=".cg")
+                store_rows(OUT, BIAS, GLOBAL_SCALE, total, m, n, N, inside)
+                gl.store(COUNTERS + tile, 0)
+        tile += gl.num_programs(0)
+        first = False

@@ -1,0 +1,216 @@
+"""PTX that turns packed words into operand registers of 16-bit matrix instructions.
+
+A decoder takes a *pair* of 32-bit words of the fragment layout (of the widest plane of the code; for
+3-bit codes also the word of the 1-bit plane that covers the same values) and writes the registers
+R = 4*step + 2*x + r3 that lie in them (bitblas.layouts.Fragment), two packed values each.
+
+What it writes is a raw value, to be corrected in the accumulator. With index r3, which says in
+which half of the 16 rows a register lies,
+
+    sum of value * a = unit * (sum of raw * a + (shift - zero * zero point) * sum of one * a)
+
+float16 codes stay where they are in the word, as subnormals (code * 2^-24; * 2^-20 for the second
+row half of 4-bit codes), and cost one logic instruction for two weights; bfloat16, whose products
+would underflow, gets 128 + code. Small floats move their fields into place and leave the exponent
+bias to `unit`; tables are read by byte permutes. Zero points and a non-zero `shift` need the sums of
+A over each group, which one more product per 16 k, with a row operand of `one`, provides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..formats import Affine, MiniFloat, Table, WeightFormat
+from ..layouts import planes
+
+
+@dataclass(frozen=True)
+class PairDecoder:
+    """asm: reads two words per plane, writes `registers` registers. See the module's docstring."""
+
+    asm: str
+    constraints: str
+    registers: int
+    unit: tuple[float, float] = (1.0, 1.0)
+    one: tuple[float, float] = (1.0, 1.0)
+    shift: tuple[float, float] = (0.0, 0.0)
+    zero: tuple[float, float] = (1.0, 1.0)
+
+
+@lru_cache(maxsize=256)
+def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
+    """The decoder of a format for float16 or bfloat16 operands; None where there is none."""
+    if A_dtype not in ("float16", "bfloat16") or fmt.is_dense:
+        return None
+    widths = tuple(width for width, _ in planes(fmt.bits))
+    if widths not in ((8,), (4,), (2,), (1,), (2, 1)):
+        return None
+    half = A_dtype == "float16"
+    decoder = fmt.decoder
+    if isinstance(decoder, Affine):
+        if decoder.flip and fmt.bits != 8:
+            return None
+        if fmt.bits == 8 and not half:
+            return _assemble(_bytes_to_bfloat16(decoder), widths) if decoder.step == 1 else None
+        lines, row_shift, base = _affine(decoder, fmt.bits, half)
+        raised = (1.0, float(1 << row_shift))  # of codes, in the two row halves
+        one = tuple(r * 2.0**-24 for r in raised) if half else (1.0, 1.0)
+        unit = tuple(decoder.step * (2.0**24 if half else 1.0) / r for r in raised)
+        zero = tuple(1.0 / (u * o) for u, o in zip(unit, one))
+        shift = tuple(decoder.offset * z - base for z in zero)
+        return _assemble(lines, widths, unit=unit, one=one, shift=shift, zero=zero)
+    if isinstance(decoder, MiniFloat) and len(widths) == 1 and fmt.bits >= 4:
+        if decoder.special == "ieee" and decoder.exponent_bits != 5:
+            return None
+        unit = (2.0 ** (15 - decoder.bias),) * 2 if half else (1.0, 1.0)
+        return _assemble(_minifloat(decoder, fmt.bits, half), widths, unit=unit)
+    if isinstance(decoder, Table) and fmt.bits == 4:
+        return _assemble(_table(decoder, A_dtype), widths)
+    return None
+
+
+def _assemble(lines: list[str], widths: tuple[int, ...], **corrections: Any) -> PairDecoder:
+    registers, words = 2 * 16 // widths[0], 2 * len(widths)
+    asm = "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
+    # outputs are written before the last input is read
+    constraints = ",".join(["=&r"] * registers + ["r"] * words)
+    return PairDecoder(asm, constraints, registers, **corrections)
+
+
+def _twice(half_word: int) -> str:
+    """A 16-bit pattern in both halves of a register."""
+    return f"0x{half_word * 0x10001:08x}"
+
+
+def _shifted(target: str, source: str, left: int) -> str:
+    """target = source << left (right for a negative `left`)."""
+    if left == 0:
+        return f"mov.b32 {target}, {source};"
+    return f"{'shl.b32' if left > 0 else 'shr.u32'} {target}, {source}, {abs(left)};"
+
+
+def _slots(width: int) -> list[tuple[str, str, int]]:
+    """(output, input word, slot) of every register of a pair of words, in order."""
+    slots = 16 // width
+    return [
+        (f"${word * slots + slot}", f"${2 * slots + word}", slot)
+        for word in range(2)
+        for slot in range(slots)
+    ]
+
+
+def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], int, int]:
+    """(instructions, bits that codes of the second row half are raised by, value of code 0)."""
+    width = planes(bits)[0][0]
+    magic, base = (0, 0) if half else (0x4300, 128)
+    # both row halves decode from one shifted word where their codes fit the mantissa
+    row_shift = width if 2 * bits <= (10 if half else 7) else 0
+    lines, mask = [], (1 << width) - 1
+    for index, (out, word, slot) in enumerate(_slots(width)):
+        r3 = slot % 2
+        raised = row_shift * r3
+        if row_shift == 0 or r3 == 0:
+            lines.append(_shifted("t", word, raised - width * slot))
+        low = _twice(mask << raised)
+        if bits == 3:
+            # bit 2 of the code: bit `index` of the other plane's word, to just above bits 0 and 1
+            lines.append(f"and.b32 v, t, {low};")
+            lines.append(_shifted("u", "$18", 2 + raised - index))
+            lines.append(f"lop3.b32 {out}, u, {_twice(4 << raised)}, v, 0xea;")
+            if magic:
+                lines.append(f"or.b32 {out}, {out}, {_twice(magic)};")
+        elif decoder.flip or magic:
+            lines.append(f"mov.b32 c0, {_twice((decoder.flip << raised) ^ magic)};")
+            lines.append(f"lop3.b32 {out}, t, {low}, c0, 0x6a;")  # (t & low) ^ c0
+        else:
+            lines.append(f"and.b32 {out}, t, {low};")
+    return lines, row_shift, base
+
+
+def _bytes_to_bfloat16(decoder: Affine) -> list[str]:
+    """8-bit codes have a bit more than 128 + code can hold: through float32, to exact values."""
+    lines = [
+        "mov.b32 c0, 0x4b000000;",
+        f"mov.b32 f2, 0x{_float_bits(8388608.0 - decoder.offset):08x};",
+    ]
+    for out, word, slot in _slots(8):
+        lines.append(f"xor.b32 t, {word}, 0x{decoder.flip * 0x01010101:08x};")
+        for h in range(2):
+            lines.append(f"prmt.b32 u, t, c0, 0x744{slot + 2 * h};")
+            lines.append(f"mov.b32 f{h}, u; sub.rn.f32 f{h}, f{h}, f2;")
+        lines.append(f"cvt.rn.bf16x2.f32 {out}, f1, f0;")
+    return lines
+
+
+def _float_bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+
+
+def _minifloat(decoder: MiniFloat, bits: int, half: bool) -> list[str]:
+    """Sign to the top, exponent and mantissa to just below the operand's mantissa point."""
+    E, M = decoder.exponent_bits, decoder.mantissa_bits
+    mantissa, lines = (10 if half else 7), []
+    place = mantissa - M  # of the lowest magnitude bit
+    field = ((1 << (bits - 1)) - 1) << place
+    if not half:
+        lines.append(f"mov.b32 c0, {_twice((127 + 127 - decoder.bias) << 7)};")  # 2^(127 - bias)
+        lines.append("mov.b32 c1, 0x80008000;")
+    for out, word, slot in _slots(bits):
+        first = bits * slot
+        lines.append(_shifted("t", word, 16 - bits - first))  # sign at bit 15
+        lines.append(_shifted("u", word, place - first))
+        lines.append(f"and.b32 u, u, {_twice(field)};")
+        if half:
+            if decoder.special == "nan":  # all ones: the carry out of the field fills the exponent
+                lines.append(f"add.u32 v, u, {_twice(1 << place)};")
+                lines.append(f"lop3.b32 u, v, {_twice(1 << (place + E + M))}, u, 0xea;")
+            lines.append(f"lop3.b32 {out}, t, 0x80008000, u, 0xea;")
+            continue
+        if decoder.special != "finite":
+            # infinities and NaNs: the carry out of the field (or its exponent) becomes 0x7f80
+            step, top = (place if decoder.special == "nan" else 7), place + E + M
+            lines.append(f"add.u32 v, u, {_twice(1 << step)}; and.b32 v, v, {_twice(1 << top)};")
+            lines.append("fma.rn.bf16x2 u, u, c0, c1;")
+            lines.append(f"shl.b32 c1, v, {15 - top}; shr.u32 v, v, {top - 7};")
+            lines.append("sub.u32 v, c1, v; or.b32 u, u, v; mov.b32 c1, 0x80008000;")
+        else:
+            lines.append("fma.rn.bf16x2 u, u, c0, c1;")
+        lines.append(f"lop3.b32 {out}, t, 0x80008000, u, 0xea;")
+    return lines
+
+
+def _table(decoder: Table, A_dtype: str) -> list[str]:
+    """16 entries of two bytes: a byte permute looks 4 codes up among 8 bytes, a third one chooses
+    between the halves of the table, and more of them put the bytes together."""
+    dtype = torch.float16 if A_dtype == "float16" else torch.bfloat16
+    patterns = torch.tensor(decoder.entries, dtype=torch.float64).to(dtype).view(torch.int16)
+    entries = [int(x) & 0xFFFF for x in patterns]
+
+    def table(byte: int, quarter: int) -> str:
+        part = entries[4 * quarter : 4 * quarter + 4]
+        return f"0x{sum(((x >> 8 * byte) & 255) << 8 * i for i, x in enumerate(part)):08x}"
+
+    names = [f"{kind}{i}" for kind in ("s", "m", "lo", "hi") for i in range(2)]
+    lines = [f".reg .b32 {', '.join(names)}, a, b, k0, k1, k2, k3;"]
+    for word in range(2):
+        source, outs = f"${8 + word}", [f"${4 * word + slot}" for slot in range(4)]
+        lines += [
+            f"and.b32 s0, {source}, 0x77777777; shr.u32 t, {source}, 1;",
+            "mov.b32 c0, 0x32103210; lop3.b32 m0, t, 0x44444444, c0, 0xea;",
+            "shr.u32 s1, s0, 16; shr.u32 m1, m0, 16;",
+        ]
+        for byte, kind in enumerate(("lo", "hi")):
+            for quarter in range(4):
+                lines.append(f"mov.b32 k{quarter}, {table(byte, quarter)};")
+            for h in range(2):
+                lines.append(f"prmt.b32 a, k0, k1, s{h}; prmt.b32 b, k2, k3, s{h};")
+                lines.append(f"prmt.b32 {kind}{h}, a, b, m{h};")
+        for pair, selector in ((0, "0x5140"), (1, "0x7362")):
+            lines.append(f"prmt.b32 t, lo0, hi0, {selector}; prmt.b32 u, lo1, hi1, {selector};")
+            lines.append(f"prmt.b32 {outs[2 * pair]}, t, u, 0x5410;")
+            lines.append(f"prmt.b32 {outs[2 * pair + 1]}, t, u, 0x7632;")
+    return lines
