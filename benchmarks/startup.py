@@ -5,8 +5,8 @@
 Every figure is from a fresh process. "First call" is construction of the Matmul, planning,
 compiling or loading the kernel, and the product, with weights packed and torch's own device
 start-up done beforehand; "later" is the same for an operator that is not the process's first, whose
-compiler libraries are loaded. Host time is that of an eager call without waiting for the GPU,
-beside torch.matmul's.
+compiler libraries are loaded. Host time is that of a repeated eager call without waiting for the
+GPU, 200 in a row; products and layers of bitblas and torch take turns.
 """
 
 from __future__ import annotations
@@ -76,17 +76,38 @@ def measure_call(W_dtype: str, m: int, primed: bool) -> dict[str, float]:
     call(matmul)
     wait()
     first = time.perf_counter() - start
-    result = {"first_call_s": first}
-    if device == "cuda":
-        for name, run in (("host_us", lambda: call(matmul)), ("torch_host_us", lambda: A @ dense)):
-            times = []
-            for _ in range(300):
+    return {"first_call_s": first}
+
+
+def measure_host(m: int) -> dict[str, float]:
+    import torch
+
+    import bitblas
+
+    size, fields = 4 * SIZE, dict(W_dtype="uint4", group_size=128)
+    float_layer = torch.nn.Linear(size, size, bias=False, device="cuda", dtype=torch.float16)
+    layer = bitblas.Linear.from_float(float_layer, **fields)
+    matmul, qweight = layer.bitblas_matmul, layer.qweight
+    scale, zeros, weight = layer.scales, layer.zeros, float_layer.weight.detach()
+    A = torch.randn((m, size), device="cuda").half()
+    calls = {
+        "Matmul": lambda: matmul(A, qweight, scale=scale, zeros=zeros),
+        "torch.matmul": lambda: torch.matmul(A, weight),
+        "Linear": lambda: layer(A),
+        "torch.nn.Linear": lambda: float_layer(A),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for _ in range(15):
+            for name, call in calls.items():
+                call()
+                torch.cuda.synchronize()
                 begun = time.perf_counter()
-                run()
-                times.append((time.perf_counter() - begun) * 1e6)
-                wait()
-            result[name] = statistics.median(times)
-    return result
+                for _ in range(200):
+                    call()
+                times[name].append((time.perf_counter() - begun) * 1e6 / 200)
+                torch.cuda.synchronize()
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def fresh_process(arguments: list[str], cache: str | None) -> dict[str, float]:
@@ -108,11 +129,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         kind, *rest = options.measure
-        measured = (
-            measure_import()
-            if kind == "import"
-            else measure_call(rest[0], int(rest[1]), rest[2] == "primed")
-        )
+        if kind == "import":
+            measured = measure_import()
+        elif kind == "host":
+            measured = measure_host(int(rest[0]))
+        else:
+            measured = measure_call(rest[0], int(rest[1]), rest[2] == "primed")
         print(json.dumps(measured))
         return
 
@@ -135,8 +157,6 @@ def main() -> None:
                     "cold_s": round(cold["first_call_s"], 3),
                     "warm_s": round(warm["first_call_s"], 4),
                     "later_warm_s": round(later["first_call_s"], 4),
-                    "host_us": round(warm.get("host_us", 0), 1),
-                    "torch_host_us": round(warm.get("torch_host_us", 0), 1),
                 }
             )
     results = Path(__file__).parent / "results"
@@ -155,14 +175,21 @@ def main() -> None:
         "",
         f"`import torch` {best['torch_s']:.2f} s, then `import bitblas` {best['bitblas_s']:.3f} s.",
         "",
-        "| W | m | first call, cold cache (s) | warm cache (s) | later, warm cache (s) |"
-        + (" host time of a call (us) | torch.matmul (us) |" if has_gpu else ""),
-        "|---|---|---|---|---|" + ("---|---|" if has_gpu else ""),
+        "| W | m | first call, cold cache (s) | warm cache (s) | later, warm cache (s) |",
+        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        values = [row["w"], row["m"], row["cold_s"], row["warm_s"], row["later_warm_s"]]
-        values += [row["host_us"], row["torch_host_us"]] if has_gpu else []
-        lines.append("| " + " | ".join(map(str, values)) + " |")
+    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
+    if has_gpu:
+        host = {m: fresh_process(["--measure", "host", str(m)], None) for m in (1, 16)}
+        lines += [
+            "",
+            f"Host time of a repeated eager call (us), uint4 and float16, N = K = {4 * SIZE}:",
+            "",
+            "| m | " + " | ".join(host[1]) + " |",
+            "|---|" + "---|" * len(host[1]),
+        ]
+        for m, times in host.items():
+            lines.append(f"| {m} | " + " | ".join(f"{x:.1f}" for x in times.values()) + " |")
     text = "\n".join(lines) + "\n"
     (results / f"{options.name}.md").write_text(text)
     print(text)
