@@ -18,16 +18,28 @@ class Launched:
     stream: int
     attributes: int
     values: tuple[int, ...]  # of the slots
+    pointers: tuple[int, ...]  # to the parameters
+
+
+@dataclass
+class Encoded:
+    """A tensor map; the innermost dimension first."""
+
+    where: int
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
 
 
 class FakeCuda:
     """Stands in for driver.cuda(): `launched` grows by one for each kernel started."""
 
-    def __init__(self, slots: int = 64) -> None:
+    def __init__(self) -> None:
         self.launched: list[Launched] = []
+        self.encoded: list[Encoded] = []
         self.codes: list[int] = []  # what the next launches return
         self.contexts_set = 0
-        self._slots = slots
 
     def launch(self, config, function, parameters, extra):
         if self.codes and (code := self.codes.pop(0)):
@@ -35,17 +47,24 @@ class FakeCuda:
         x, y, z, threads, _, _, shared, stream, _, count = struct.unpack(
             "=7I4xQQI4x", ctypes.string_at(config, 56)
         )
-        # the parameters follow their values: the first pointer says where those are
-        first = struct.unpack("=Q", ctypes.string_at(parameters, 8))[0]
-        values = struct.unpack(
-            f"={(parameters - first) // 8}Q", ctypes.string_at(first, parameters - first)
-        )
-        self.launched.append(Launched((x, y, z), threads, shared, stream, count, values))
+        # the slots follow the config, and the pointers to the parameters follow the slots
+        slots = (parameters - config - 56) // 8
+        values = struct.unpack(f"={slots}Q", ctypes.string_at(config + 56, 8 * slots))
+        pointers = struct.unpack(f"={slots}Q", ctypes.string_at(parameters, 8 * slots))
+        size = threads, shared, stream, count
+        self.launched.append(Launched((x, y, z), *size, values, pointers))
         return 0
 
     def call(self, name, *arguments):
         if name in ("cuDeviceGetAttribute", "cuFuncGetAttribute"):
             arguments[0]._obj.value = {97: 232448, 0: 1024, 1: 0}[arguments[1]]
+        if name == "cuTensorMapEncodeTiled":
+            where, _, rank, address, shape, strides, box, *_ = arguments
+            self.encoded.append(
+                Encoded(
+                    where.value, address.value, tuple(shape), tuple(strides)[: rank - 1], tuple(box)
+                )
+            )
 
     def check(self, code):
         if code:

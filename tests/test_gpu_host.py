@@ -255,6 +255,22 @@ def test_tuned_choices_take_the_place_of_prepared_ones(seed):
     product.assert_repeats()
 
 
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="TMA is of sm_90")
+def test_tensor_descriptors():
+    from descriptor_kernel import read_tile_launch
+
+    out = torch.empty(16, 64, dtype=torch.float16, device="cuda")
+    sources = [torch.randn(64, 64, device="cuda").half() for _ in range(2)]
+    step = read_tile_launch(sources[0], out, 32)
+    prepared.execute([step], out.device)
+    assert torch.equal(out, sources[0][32:48])
+    order = {id(sources[0]): 0, id(out): 1}
+    call = prepared.Prepared([step], out.device, 2, lambda x: order[id(x)])
+    for source in (sources[1], sources[0], sources[1]):
+        call.run([source.data_ptr(), out.data_ptr()])
+        assert torch.equal(out, source[32:48])
+
+
 def test_dequantising_for_gradients_repeats(seed):
     product = Product(seed, m=4)
     A = product.problem.A.clone().requires_grad_()

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from calls import logical_weight
+from descriptor_kernel import read_tile_launch
 from fake_cuda import FakeCuda, install
 from problems import draw, relative_error, tolerance
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -350,6 +351,24 @@ def test_compile_options_reach_the_driver(cuda):
     launch.options["launch_pdl"] = True
     prepared.execute([launch], out.device)
     assert cuda.launched[0].attributes == 1
+
+
+def test_descriptors_follow_their_tensors(cuda):
+    """The address goes into the descriptor, encoded anew only when it changes."""
+    out = torch.empty(16, 64, dtype=torch.float16)
+    sources = [torch.zeros(64, 64, dtype=torch.float16) for _ in range(2)]
+    step = read_tile_launch(sources[0], out, 32)
+    order = {id(sources[0]): 0, id(out): 1}
+    call = prepared.Prepared([step], out.device, 2, lambda x: order[id(x)])
+    for source in (sources[0], sources[0], sources[1]):
+        call.run([source.data_ptr(), out.data_ptr()])
+    first, second = cuda.encoded
+    assert [first.address, second.address] == [x.data_ptr() for x in sources]
+    assert first.where == second.where and first.where % 64 == 0
+    assert first.shape == (64, 64) and first.strides == (128,) and first.box == (64, 16)
+    launched = cuda.launched[0]
+    assert launched.values[1:] == (64, 64, 64, 1, out.data_ptr(), 32, 0, 0)
+    assert launched.pointers[0] == first.where
 
 
 def test_too_much_shared_memory_is_out_of_resources(cuda):

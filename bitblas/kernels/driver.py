@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -70,6 +70,7 @@ class Binary:
     profile_scratch: int
     cooperative: bool
     pdl: bool
+    tensor_maps: tuple[dict[str, Any], ...] = ()  # of its tensor descriptors, in their order
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], cubin: bytes) -> Binary:
@@ -84,6 +85,7 @@ class Binary:
             metadata.get("profile_scratch_size") or 0,
             bool(metadata.get("launch_cooperative_grid")),
             bool(metadata.get("launch_pdl")),
+            tuple(metadata.get("tensordesc_meta") or ()),
         )
 
 
@@ -128,11 +130,70 @@ class Kernel:
         return value.value
 
 
+class TensorMap:
+    """A TMA descriptor without its address; 128 bytes, 64-byte aligned."""
+
+    SIZE, ALIGNMENT = 128, 64
+    _TYPES = {
+        8: 10,
+        9: 8,
+        10: 9,
+    }  # the kernel's number of a type -> the driver's, where they differ
+    _L2_PROMOTION_128B = 2
+
+    def __init__(self, metadata: dict[str, Any], descriptor: Any) -> None:
+        """metadata: what the kernel expects; descriptor: Triton's or Gluon's TensorDescriptor."""
+        rank, size = len(descriptor.shape), metadata["elem_size"]
+
+        def array(kind: Any, values: Sequence[int]) -> Any:  # the driver counts from the last
+            return (kind * rank)(*reversed(values))
+
+        strides = [size * stride for stride in descriptor.strides]
+        outer = [strides[0] * descriptor.shape[0], *strides][:rank]
+        self._fields = (
+            rank,
+            array(ctypes.c_uint64, descriptor.shape),
+            array(ctypes.c_uint64, outer),
+            array(ctypes.c_uint32, metadata["block_size"]),
+            array(ctypes.c_uint32, [1] * rank),
+        )
+        self._type = self._TYPES.get(metadata["elem_type"], metadata["elem_type"])
+        self._swizzle = metadata["swizzle"]
+        self._fill = int(descriptor.padding == "nan")
+
+    def encode(self, where: int, address: int) -> None:
+        """Write the descriptor of a tensor at `address` to the memory at `where`."""
+        rank, shape, strides, block, steps = self._fields
+        cuda().call(
+            "cuTensorMapEncodeTiled",
+            ctypes.c_void_p(where),
+            self._type,
+            rank,
+            ctypes.c_void_p(address),
+            shape,
+            strides,
+            block,
+            steps,
+            0,  # not interleaved
+            self._swizzle,
+            self._L2_PROMOTION_128B,
+            self._fill,
+        )
+
+
 class Invocation:
     """A kernel with its grid, to be started any number of times, from any thread."""
 
-    def __init__(self, kernel: Kernel, grid: Sequence[int], slots: int) -> None:
-        """slots: how many parameters the kernel takes, the scratch pointers among them."""
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: Sequence[int],
+        slots: int,
+        maps: Mapping[int, TensorMap] | None = None,
+    ) -> None:
+        """slots: how many parameters the kernel takes, the scratch pointers among them. maps: the
+        slots that are descriptors; their values are the tensors' addresses."""
+        self._maps = tuple((maps or {}).items())
         binary = kernel.binary
         self.kernel = kernel
         x, y, z = (*grid, 1, 1)[:3]
@@ -144,17 +205,33 @@ class Invocation:
         self._slots = slots
         self._write = struct.Struct(f"=QQI4x{slots}Q").pack_into
         self._launch, self._function = cuda().launch, kernel.function
-        self._free: list[tuple[Any, int, int]] = []  # buffers that no thread is using
+        self._free: list[tuple[Any, int, int, dict[int, int]]] = []  # that no thread is using
 
-    def _buffer(self) -> tuple[Any, int, int]:
-        """(memory, its address, that of the parameters): config, slots, pointers to the slots."""
-        memory = ctypes.create_string_buffer(_CONFIG.size + 16 * self._slots)
+    def _buffer(self) -> tuple[Any, int, int, dict[int, int]]:
+        """(memory, its address, that of the parameters, addresses in the descriptors).
+
+        It holds the config, the slots, a pointer to each parameter, and the descriptors.
+        """
+        size = _CONFIG.size + 16 * self._slots
+        maps = len(self._maps) * TensorMap.SIZE + TensorMap.ALIGNMENT if self._maps else 0
+        memory = ctypes.create_string_buffer(size + maps)
         start = ctypes.addressof(memory)
         first = start + _CONFIG.size
         _CONFIG.pack_into(memory, 0, *self._fixed, 0, 0, 0)
         pointers = [first + 8 * i for i in range(self._slots)]
+        place = -(-(start + size) // TensorMap.ALIGNMENT) * TensorMap.ALIGNMENT
+        for slot, _ in self._maps:
+            pointers[slot], place = place, place + TensorMap.SIZE
         struct.pack_into(f"={self._slots}Q", memory, first + 8 * self._slots - start, *pointers)
-        return memory, start, first + 8 * self._slots
+        return memory, start, first + 8 * self._slots, {}
+
+    def _encode(self, buffer: tuple[Any, int, int, dict[int, int]], values: Sequence[int]) -> None:
+        memory, start, parameters, encoded = buffer
+        for slot, tensor_map in self._maps:
+            if encoded.get(slot) != values[slot]:
+                where = struct.unpack_from("=Q", memory, parameters - start + 8 * slot)[0]
+                tensor_map.encode(where, values[slot])
+                encoded[slot] = values[slot]
 
     def start(self, stream: int, values: Sequence[int]) -> None:
         """Launch on a stream (its handle) of the current device; values fill the slots."""
@@ -162,6 +239,8 @@ class Invocation:
             buffer = self._free.pop()
         except IndexError:
             buffer = self._buffer()
+        if self._maps:
+            self._encode(buffer, values)
         self._write(buffer[0], _STREAM, stream, self._address, self._count, *values)
         code = self._launch(buffer[1], self._function, buffer[2], None)
         if code in (_INVALID_CONTEXT, _INVALID_HANDLE):  # a thread's first use of CUDA

@@ -8,7 +8,8 @@ A family (portable, decode, ...) is a module with
 
 `launches` describes and allocates nothing: it is also called with tensors on the meta device, to
 compile without a GPU and to prepare the calls that follow. A Launch's arguments are the operands
-themselves (or views of them), ints, None, and the placeholders Workspace and Counters.
+themselves (or views of them), Gluon's tensor descriptors of them, ints, None, and the placeholders
+Workspace and Counters.
 """
 
 from __future__ import annotations

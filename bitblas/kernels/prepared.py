@@ -63,10 +63,18 @@ class Prepared:
 
         self._steps: list[tuple[driver.Invocation, Callable[[Any], Any]]] = []
         for step, source, kernel, pointers in zip(steps, sources, kernels, scratch):
-            kinds = source.signature.items()
-            values = [step.arguments[name] for name, kind in kinds if kind != "constexpr"]
-            slots = [place(value) for value in (*values, *pointers)]
-            invocation = driver.Invocation(kernel, step.grid, len(slots))
+            slots: list[int] = []
+            maps: dict[int, driver.TensorMap] = {}
+            for name, kind in source.signature.items():
+                value: Any = step.arguments.get(name)
+                if kind.startswith("tensordesc"):  # the descriptor, then its numbers
+                    metadata = kernel.binary.tensor_maps[len(maps)]
+                    maps[len(slots)] = driver.TensorMap(metadata, value)
+                    slots += map(place, (value.base, *value.shape, *value.strides))
+                elif kind != "constexpr":
+                    slots.append(place(value))
+            slots += map(place, pointers)
+            invocation = driver.Invocation(kernel, step.grid, len(slots), maps)
             self._steps.append((invocation, itemgetter(*slots)))
 
     def run(self, addresses: list[int]) -> None:
@@ -104,7 +112,8 @@ def execute(steps: Iterable[Launch], device: torch.device) -> None:
     if knobs.runtime.interpret:
         _interpret(steps, device)
         return
-    tensors = [x for step in steps for x in step.arguments.values() if isinstance(x, torch.Tensor)]
+    values = [getattr(x, "base", x) for step in steps for x in step.arguments.values()]
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
     order = {id(x): i for i, x in enumerate(tensors)}
     prepared = Prepared(steps, device, len(tensors), lambda x: order[id(x)])
     prepared.run([x.data_ptr() for x in tensors])
