@@ -24,6 +24,7 @@ from .operands import (
     native_layout,
     packed_shape,
 )
+from .repeat import MOST_CALLS, kind_of, plain_eager, unknown
 from .torch_ops import Optional, Prepared, dense_product, prepare
 from .utils.target_detector import Target, resolve_target
 
@@ -81,7 +82,7 @@ class Matmul(Operator):
         self._transposed_A = config.layout[0] == "t"
         self._repeats = self.target.is_gpu and not config.is_dense and not self._transposed_A
         self._calls: dict[Any, Prepared | None] = {}
-        self._last: tuple[Any, Prepared] = (None, _unknown)
+        self._last: tuple[Any, Prepared] = (None, unknown)
         enabled = (config.with_scaling, config.with_zeros, config.with_bias)
         self._places = tuple(place for place, on in enumerate(enabled) if on)
 
@@ -98,7 +99,7 @@ class Matmul(Operator):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles prepare their calls anew."""
-        return {**self.__dict__, "_calls": {}, "_last": (None, _unknown)}
+        return {**self.__dict__, "_calls": {}, "_last": (None, unknown)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config}, target={str(self.target)!r})"
@@ -253,14 +254,14 @@ class Matmul(Operator):
         if extras:
             scale, zeros, bias, output = self._bind(extras, [scale, zeros, bias, output])
         kind = None
-        if self._repeats and output is None and _plain_eager():
+        if self._repeats and output is None and plain_eager():
             operands = (A, W, scale, zeros, bias, input_scale, global_scale)
-            kind = _kind(operands)
+            kind = kind_of(operands)
             last = self._last  # read once: other threads replace it
             if kind == last[0]:
                 call: Prepared | None = last[1]
             else:
-                call = self._calls.get(kind, _unknown)
+                call = self._calls.get(kind, unknown)
                 if call is not None:
                     self._last = (kind, call)
             product = None if call is None else call(operands)
@@ -270,10 +271,10 @@ class Matmul(Operator):
                 kind = None
         product = self._checked(A, W, scale, zeros, bias, output, input_scale, global_scale)
         if kind is not None:
-            if len(self._calls) >= _MOST_CALLS:
+            if len(self._calls) >= MOST_CALLS:
                 self._calls.clear()
             self._calls[kind] = prepare(self.config, operands)
-            self._last = (None, _unknown)
+            self._last = (None, unknown)
         return product
 
     def _checked(
@@ -400,44 +401,6 @@ class Matmul(Operator):
             return inspect.getsource(dense_product)
         is_gpu = (self.target if target is None else resolve_target(target)).is_gpu
         return plan.kernel_source("cuda" if is_gpu else "cpu")
-
-
-_MOST_CALLS = 1024  # kinds of operands whose call an operator keeps
-
-
-def _unknown(operands: tuple[Optional, ...]) -> None:
-    """The call of operands that were not met before: none yet."""
-
-
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_is_tracing = torch._C._is_tracing
-
-
-def _plain_eager() -> bool:
-    """Whether nothing is there that wants to see the registered operator."""
-    return not (
-        _is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _is_tracing()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _kind(operands: tuple[Optional, ...]) -> Any:
-    """All that the checks of a call look at; None for what only they can tell apart."""
-    kind: list[Any] = []
-    try:
-        for x in operands:
-            if x is None:
-                kind.append(None)
-            else:
-                kind += type(x), x.shape, x.dtype, x.device, x.is_contiguous(), x.requires_grad
-        return tuple(kind)
-    except Exception:  # not a tensor, or one without strides: the checks say which
-        return None
 
 
 def hinted_rows(config: MatmulConfig) -> tuple[int, ...]:
