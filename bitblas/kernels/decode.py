@@ -16,7 +16,7 @@ from ..config import MatmulConfig
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
 from .decoders import pair_decoder
-from .launch import Counters, Launch, Workspace
+from .launch import Launch, Workspace
 
 MAX_ROWS = 16
 SHARED_BYTES = 227 * 1024  # of a block, on Hopper
@@ -34,9 +34,8 @@ class Tile:
     unit_k: int
     depth: int
     blocks: int
-    split_k: int = 1
-    preload: int = 0
-    a_stages: int = 0
+    slabs: int = 1
+    buffers: int = 1
     max_registers: int | None = None
 
     kernel = "decode"
@@ -84,16 +83,15 @@ def smallest_unit(config: MatmulConfig) -> int:
 
 def iterations(config: MatmulConfig, tile: Tile) -> int:
     """Of a block, along its slab of K."""
-    return -(-config.K // (tile.split_k * tile.warps * tile.depth * tile.unit_k))
+    return -(-config.K // (tile.slabs * tile.warps * tile.depth * tile.unit_k))
 
 
 def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
     """Shared memory of a block: its slab of A and the partial sums of its warps."""
     rows = rows_of_a(m)
     iteration = tile.depth * tile.warps * tile.unit_k
-    slab = (tile.a_stages or iterations(config, tile)) * iteration
-    words = tile.preload * iteration * 16 * tile.bands * config.bits // 8
-    return 2 * slab * rows + words + 4 * tile.warps * rows * 16 * tile.bands
+    slab = iterations(config, tile) * iteration
+    return 2 * tile.buffers * slab * rows + 4 * tile.warps * rows * 16 * tile.bands
 
 
 def candidates(config: MatmulConfig, m: int, multiprocessors: int = 132) -> list[Tile]:
@@ -133,7 +131,8 @@ def launches(
     m = A.shape[0]
     tile = tile or candidates(config, m)[0]
     tiles = -(-config.N // (16 * tile.bands))
-    parts = Workspace((tile.split_k, m, config.N), torch.float32) if tile.split_k > 1 else None
+    several = tile.slabs > 1 and tiles > tile.blocks  # slabs whose sums leave the registers
+    parts = Workspace((m, config.N), torch.float32) if several else None
     arguments = {
         "A": A,
         "W": W.view(torch.int32),
@@ -143,7 +142,6 @@ def launches(
         "BIAS": bias,
         "GLOBAL_SCALE": global_scale,
         "PARTS": parts,
-        "COUNTERS": Counters(tiles) if tile.split_k > 1 else None,
         "M": m,
         "N": config.N,
         "K": config.K,
@@ -156,7 +154,7 @@ def launches(
         options["maxnreg"] = tile.max_registers
     from . import decode_kernels
 
-    grid = (min(tile.blocks, tiles), tile.split_k)
+    grid = (min(tile.blocks, tiles),)
     return [
         Launch(decode_kernels.decode_kernel, grid, arguments, constants, tile.warps, 1, options)
     ]
@@ -189,7 +187,7 @@ def _constants(
         "ZEROS_KIND": config.zeros_mode if with_zeros else "none",
         "GROUP": group,
         "GROUPS_ALIGNED": config.num_groups % count == 0,
-        "EXACT": config.K == steps * tile.warps * warp_k * tile.split_k,
+        "EXACT": config.K == steps * tile.warps * warp_k * tile.slabs,
         "ROWS_EXACT": config.N % (16 * tile.bands) == 0,
         "VECTOR": 8 if config.K % 8 == 0 else 1,
         "ROWS_A": rows,
@@ -198,7 +196,7 @@ def _constants(
         "UNIT_K": tile.unit_k,
         "DEPTH": tile.depth,
         "ITERATIONS": steps,
-        "SPLIT_K": tile.split_k,
-        "PRELOAD": tile.preload,
-        "A_STAGES": tile.a_stages,
+        "SLABS": tile.slabs,
+        "BUFFERS": tile.buffers,
+        "ONE_TILE": -(-config.N // (16 * tile.bands)) <= tile.blocks,
     }

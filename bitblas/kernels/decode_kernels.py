@@ -1,13 +1,13 @@
 """Device code of the decode family: at most 16 rows of 16-bit A, weights read once, on Hopper.
 
-A block owns a slab of K and walks over row tiles of W. The slab of A is staged in shared memory
-once; the weights go straight from global memory to registers, each lane holding the words of the
+A block walks over row tiles of W. A is staged in shared memory; the weights go straight from global memory to registers, each lane holding the words of the
 units it will multiply next. K is split over the warps of a block, so between two tiles no warp
 waits for another: the only barriers are those of the sum over warps that ends a tile.
 
     unit       UNIT_K values of k for the 16 * BANDS rows of a tile: what a warp decodes at a time
     iteration  DEPTH units of a warp, DEPTH being also how many units ahead it loads
-    slab       ITERATIONS * WARPS * DEPTH * UNIT_K values of k
+    slab       ITERATIONS * WARPS * DEPTH * UNIT_K values of k, what shared memory holds of A; where
+               K has several, a block walks over its tiles once for each
 
 Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
     WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
@@ -15,7 +15,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     GROUP: values of k that share a scale, a power of two from 16 up; 0: one scale for a row.
     SUMS: whether the sums of A are needed (zero points, or codes with an offset).
     raw value, UNIT, ONE, SHIFT, ZERO: from the decoder, a value for each half of 16 rows:
-        sum of value * a = UNIT * (sum of raw * a + (SHIFT - ZERO * zero point) * sum of ONE * a).
+        sum of value * a = UNIT * (sum of raw * a + (ZERO * zero point - SHIFT) * sum of ONE * a).
         Everything but the factor UNIT is applied group by group; that one is left to the end.
 """
 
@@ -24,7 +24,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 
 from __future__ import annotations
 
-from .versions import async_copy, copy_async, gl, gluon, mma_v2, thread_barrier
+from .versions import async_copy, copy_async, gl, gluon, mma_v2, reinterpret, thread_barrier
 
 # --- layouts ---------------------------------------------------------------------------------
 
@@ -157,14 +157,28 @@ def per_row(VALUES: gl.constexpr, WARPS: gl.constexpr, ROWS: gl.constexpr, LAYOU
 
 @gluon.jit
 def ones_operand(
-    ONE: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr, LENGTH: gl.constexpr,
-    dA: gl.constexpr,
+    M, N, ONE: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr, dA: gl.constexpr
 ):  # fmt: skip
-    """[WARPS, 16, LENGTH]: a row operand whose product gives the sums of A."""
+    """[WARPS, 16, 16]: a row operand whose product gives the sums of A.
+
+    (row + M) >> 31 and (row + N) >> 31 are zero, which the compiler cannot know: it would rather
+    build the operand's four registers, two pairs of equal ones, anew before each use than keep them.
+    """
     row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, dA))).expand_dims(0).expand_dims(2)
     both = gl.where((row // 8) % 2 == 0, ONE[0], ONE[1]).to(DTYPE)
-    both, like = gl.broadcast(both, gl.full([WARPS, 16, LENGTH], 0.0, DTYPE, dA))
-    return both
+    both, like = gl.broadcast(both, gl.full([WARPS, 16, 16], 0.0, DTYPE, dA))
+    k = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, dA))).expand_dims(0).expand_dims(1)
+    zero = gl.full([WARPS, 16, 16], 0, gl.int32, dA) + ((row + gl.where(k < 8, M, N)) >> 31)
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            "add.u32 $0, $1, $2; // $3", "=r,r,r,r", [both, zero], dtype=gl.float16, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "add.u32 $0, $1, $2; // $3", "=r,r,r,r", [both, zero], dtype=gl.bfloat16, is_pure=True,
+            pack=2,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -175,11 +189,7 @@ def decode_scale(raw, SCALE_KIND: gl.constexpr):
         bits = gl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal in float32
         return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
     elif SCALE_KIND == "e4m3":
-        byte = raw.to(gl.int32)
-        magnitude = byte & 0x7F
-        value = (magnitude << 20).to(gl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        value = gl.where(magnitude == 0x7F, float("nan"), value)
-        return gl.where(byte > 0x7F, -value, value)
+        return raw.to(gl.float8e4nv, bitcast=True).to(gl.float32)
     else:
         return raw.to(gl.float32)
 
@@ -189,137 +199,110 @@ def decode_scale(raw, SCALE_KIND: gl.constexpr):
 
 @gluon.jit
 def plane_pointers(
-    W, tile, first_chunk, warp_chunks, chunks, valid,
+    W, tile, first_chunk, warp_chunks, chunks,
     PLANE_CHUNK: gl.constexpr, TILE_CHUNKS: gl.constexpr, PER_TILE: gl.constexpr,
-    EXACT: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, CHUNKS: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, CHUNKS: gl.constexpr,
 ):  # fmt: skip
-    """(pointers, mask) of one plane's words of a unit for every warp: [WARPS, BANDS, CHUNKS, 128].
+    """Where each warp's words of a plane begin in an iteration: (pointers, chunks along K).
 
-    first_chunk: of warp 0, counted along K in this plane; warp w starts w * warp_chunks later.
-    chunks: those that the packed weight holds. PER_TILE chunks of the plane lie in a layout tile of
-    TILE_CHUNKS chunks, from PLANE_CHUNK on.
+    Both broadcast to [WARPS, BANDS, CHUNKS, 128]. first_chunk: of warp 0, counted along K in this
+    plane; warp w starts w * warp_chunks later. chunks: those that the packed weight holds. PER_TILE
+    chunks of the plane lie in a layout tile of TILE_CHUNKS chunks, from PLANE_CHUNK on.
     """
     L: gl.constexpr = words_layout(WARPS, BANDS, CHUNKS)
     L3: gl.constexpr = gl.SliceLayout(3, L)
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
-    band = gl.arange(0, BANDS, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
-    chunk = gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
     word = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
     warp = warp.expand_dims(1).expand_dims(2).expand_dims(3)
-    band = band.expand_dims(0).expand_dims(2).expand_dims(3)
-    chunk = chunk.expand_dims(0).expand_dims(1).expand_dims(3)
     word = word.expand_dims(0).expand_dims(1).expand_dims(2)
-    # rows: 64 to a layout tile, 4 bands; K: `chunks` chunks of this plane. What differs between the
-    # registers of a lane is added last, so that it becomes the loads' immediate offset.
-    block = tile * BANDS
     along_k = first_chunk + warp * warp_chunks
+    # a layout tile has 64 rows, 4 bands; a plane's iteration starts on one where there are several
+    block = tile * BANDS
+    rows = (block // 4) * (chunks // PER_TILE)
+    pointer = W + rows.to(gl.int64) * (512 * TILE_CHUNKS) + (block % 4) * 128
     if PER_TILE == TILE_CHUNKS:
-        base = W + ((block // 4) * chunks).to(gl.int64) * 512 + (block % 4) * 128
-        base = base + (along_k * 512 + word)
-        place = chunk
+        in_row = along_k
     else:
-        tiles_k = chunks // PER_TILE
-        base = W + ((block // 4) * tiles_k).to(gl.int64) * (512 * TILE_CHUNKS) + (block % 4) * 128
-        # units start on a layout tile here, and CHUNKS of them lie in one or fill whole ones
-        in_tile = along_k // PER_TILE * TILE_CHUNKS + PLANE_CHUNK
-        base = base + (in_tile * 512 + word)
-        place = chunk // PER_TILE * TILE_CHUNKS + chunk % PER_TILE
-    pointer = base + (place * 512 + band * 128)
-    mask = valid & gl.full([WARPS, BANDS, CHUNKS, 128], 1, gl.int1, L)
-    if not EXACT:
-        mask = mask & (along_k + chunk < chunks)
-    return pointer, mask
+        in_row = along_k // PER_TILE * TILE_CHUNKS + PLANE_CHUNK
+    return pointer + (in_row * 512 + word), along_k
 
 
 @gluon.jit
 def load_plane(
-    W, tile, first_chunk, warp_chunks, chunks, valid,
-    PLANE_CHUNK: gl.constexpr, TILE_CHUNKS: gl.constexpr, PER_TILE: gl.constexpr,
-    EXACT: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, CHUNKS: gl.constexpr,
+    pointer, along_k, chunks, valid, old, FIRST: gl.constexpr,
+    TILE_CHUNKS: gl.constexpr, PER_TILE: gl.constexpr, EXACT: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, CHUNKS: gl.constexpr,
 ):  # fmt: skip
-    """One plane's words of a unit in registers."""
-    pointer, mask = plane_pointers(
-        W, tile, first_chunk, warp_chunks, chunks, valid, PLANE_CHUNK, TILE_CHUNKS, PER_TILE,
-        EXACT, WARPS, BANDS, CHUNKS,
-    )  # fmt: skip
-    if EXACT:  # whatever a register holds where the load is left out is not used
-        return gl.load(pointer, mask=mask, eviction_policy="evict_first")
+    """CHUNKS chunks of a plane from its FIRST-th in an iteration on: [WARPS, BANDS, CHUNKS, 128].
+
+    Whatever differs between the registers of a lane is constant, so it becomes the loads' immediate
+    offset. old: what registers keep where nothing is loaded.
+    """
+    L: gl.constexpr = words_layout(WARPS, BANDS, CHUNKS)
+    L3: gl.constexpr = gl.SliceLayout(3, L)
+    band = gl.arange(0, BANDS, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
+    chunk = FIRST + gl.arange(0, CHUNKS, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
+    band = band.expand_dims(0).expand_dims(2).expand_dims(3)
+    chunk = chunk.expand_dims(0).expand_dims(1).expand_dims(3)
+    place = chunk // PER_TILE * TILE_CHUNKS + chunk % PER_TILE
+    mask = valid & gl.full([WARPS, BANDS, CHUNKS, 128], 1, gl.int1, L)
+    if EXACT:
+        return gl.load(
+            pointer + (place * 512 + band * 128), mask=mask, other=old,
+            eviction_policy="evict_first",
+        )  # fmt: skip
     else:
-        return gl.load(pointer, mask=mask, other=0, eviction_policy="evict_first")
+        mask = mask & (along_k + chunk < chunks)
+        return gl.load(
+            pointer + (place * 512 + band * 128), mask=mask, other=0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+
+
+@gluon.jit
+def iteration_pointers(
+    W, tile, first_k, padded_k,
+    WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    """plane_pointers of both planes. first_k: of warp 0; padded_k: K of the packed weight."""
+    TILE_CHUNKS: gl.constexpr = TILE_K * (WIDTH + EXTRA) // 256
+    CHUNK_K: gl.constexpr = 256 // WIDTH
+    main, along_k = plane_pointers(
+        W, tile, first_k // CHUNK_K, DEPTH * UNIT_K // CHUNK_K, padded_k // CHUNK_K,
+        0, TILE_CHUNKS, TILE_K // CHUNK_K, WARPS, BANDS, UNIT_K // CHUNK_K,
+    )  # fmt: skip
+    if EXTRA != 0:
+        extra, extra_along_k = plane_pointers(
+            W, tile, first_k // 256, DEPTH * UNIT_K // 256, padded_k // 256,
+            TILE_K // CHUNK_K, TILE_CHUNKS, TILE_K // 256, WARPS, BANDS, UNIT_K // 256,
+        )  # fmt: skip
+        return main, along_k, extra, extra_along_k
+    else:
+        return main, along_k, main, along_k
 
 
 @gluon.jit
 def load_unit(
-    W, tile, first_k, K_CHUNKS_K, valid,
+    pointers, d: gl.constexpr, padded_k, valid, old,
     WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr, EXACT: gl.constexpr,
-    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
+    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr,
 ):  # fmt: skip
-    """The words of a unit, one tensor for each plane. first_k: of warp 0; K_CHUNKS_K: K padded."""
+    """The words of the d-th unit of an iteration, a tensor for each plane."""
     TILE_CHUNKS: gl.constexpr = TILE_K * (WIDTH + EXTRA) // 256
     CHUNK_K: gl.constexpr = 256 // WIDTH
     main = load_plane(
-        W, tile, first_k // CHUNK_K, DEPTH * UNIT_K // CHUNK_K, K_CHUNKS_K // CHUNK_K, valid,
-        0, TILE_CHUNKS, TILE_K // CHUNK_K, EXACT, WARPS, BANDS, UNIT_K // CHUNK_K,
+        pointers[0], pointers[1], padded_k // CHUNK_K, valid, old[0], d * UNIT_K // CHUNK_K,
+        TILE_CHUNKS, TILE_K // CHUNK_K, EXACT, WARPS, BANDS, UNIT_K // CHUNK_K,
     )  # fmt: skip
     if EXTRA != 0:
         extra = load_plane(
-            W, tile, first_k // 256, DEPTH * UNIT_K // 256, K_CHUNKS_K // 256, valid,
-            TILE_K // CHUNK_K, TILE_CHUNKS, TILE_K // 256, EXACT, WARPS, BANDS, UNIT_K // 256,
+            pointers[2], pointers[3], padded_k // 256, valid, old[1], d * UNIT_K // 256,
+            TILE_CHUNKS, TILE_K // 256, EXACT, WARPS, BANDS, UNIT_K // 256,
         )  # fmt: skip
         return main, extra
     else:
         return main, main
-
-
-@gluon.jit
-def copy_unit(
-    target, W, tile, first_k, padded_k, valid,
-    WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr, EXACT: gl.constexpr,
-    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
-):  # fmt: skip
-    """Start copying the words of a unit to shared memory; target: as shared_unit allocates it."""
-    TILE_CHUNKS: gl.constexpr = TILE_K * (WIDTH + EXTRA) // 256
-    CHUNK_K: gl.constexpr = 256 // WIDTH
-    pointer, mask = plane_pointers(
-        W, tile, first_k // CHUNK_K, DEPTH * UNIT_K // CHUNK_K, padded_k // CHUNK_K, valid,
-        0, TILE_CHUNKS, TILE_K // CHUNK_K, EXACT, WARPS, BANDS, UNIT_K // CHUNK_K,
-    )  # fmt: skip
-    copy_async(target[0], pointer, mask=mask)
-    if EXTRA != 0:
-        pointer, mask = plane_pointers(
-            W, tile, first_k // 256, DEPTH * UNIT_K // 256, padded_k // 256, valid,
-            TILE_K // CHUNK_K, TILE_CHUNKS, TILE_K // 256, EXACT, WARPS, BANDS, UNIT_K // 256,
-        )  # fmt: skip
-        copy_async(target[1], pointer, mask=mask)
-
-
-@gluon.jit
-def shared_unit(
-    WIDTH: gl.constexpr, EXTRA: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr,
-    UNIT_K: gl.constexpr,
-):  # fmt: skip
-    """Shared memory for the words of a unit, one buffer for each plane."""
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    main = gl.allocate_shared_memory(
-        gl.int32, [WARPS, BANDS, UNIT_K * WIDTH // 256, 128], FLAT
-    )  # fmt: skip
-    if EXTRA != 0:
-        extra = gl.allocate_shared_memory(gl.int32, [WARPS, BANDS, UNIT_K // 256, 128], FLAT)
-        return main, extra
-    else:
-        return main, main
-
-
-@gluon.jit
-def load_shared_unit(source):
-    """The words of a unit from shared memory, as load_unit returns them."""
-    main = source[0].load(
-        words_layout(source[0].shape[0], source[0].shape[1], source[0].shape[2])
-    )  # fmt: skip
-    extra = source[1].load(
-        words_layout(source[1].shape[0], source[1].shape[1], source[1].shape[2])
-    )  # fmt: skip
-    return main, extra
 
 
 @gluon.jit
@@ -338,21 +321,19 @@ def load_groups(
     if ALIGNED:  # lets the compiler see that COUNT elements can be read at once
         G = G // COUNT * COUNT
     if GROUP == 0:
-        group = each + warp * 0
+        first, group = 0, each + warp * 0
+    elif GROUP <= WARP_K:
+        first, group = first_k // (GROUP * COUNT) * COUNT, warp * COUNT + each
     else:
-        if COUNT > 1:
-            group = (first_k + warp * WARP_K) // (GROUP * COUNT) * COUNT + each
-        else:
-            group = (first_k + warp * WARP_K) // GROUP + each
+        first, group = 0, (first_k + warp * WARP_K) // GROUP + each
     n = tile * (16 * BANDS) + row
     mask = valid & gl.full([WARPS, 16 * BANDS, COUNT], 1, gl.int1, L)
     if not ROWS_EXACT:
         mask = mask & (n < N)
-    if EXACT:  # whatever a register holds where the load is left out is not used
-        return gl.load(POINTER + (tile * (16 * BANDS) * G + (row * G + group)), mask=mask)
-    else:
-        mask = mask & (group < G)
-        return gl.load(POINTER + (n * G + group), mask=mask, other=0)
+    if not EXACT:
+        mask = mask & (first + group < G)
+    pointer = POINTER + (tile * (16 * BANDS) * G + first)
+    return gl.load(pointer + (row * G + group), mask=mask, other=0)
 
 
 @gluon.jit
@@ -398,8 +379,8 @@ def load_scales_and_zeros(
         scale = nothing
     else:
         scale = load_groups(
-            SCALE, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS,
-            WARP_K,
+            SCALE, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT,
+            WARPS, BANDS, WARP_K,
         )  # fmt: skip
     if ZEROS_KIND == "none":
         zero = nothing
@@ -409,8 +390,8 @@ def load_scales_and_zeros(
         )  # fmt: skip
     else:
         zero = load_groups(
-            ZEROS, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS,
-            WARP_K,
+            ZEROS, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT,
+            WARPS, BANDS, WARP_K,
         )  # fmt: skip
     return scale, zero
 
@@ -419,9 +400,9 @@ def load_scales_and_zeros(
 def stage_units(
     A, target, first_k, M, K, valid, FIRST: gl.constexpr, COUNT: gl.constexpr,
     ROWS: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr, UNIT_K: gl.constexpr,
-    VECTOR: gl.constexpr,
+    VECTOR: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """COUNT (a power of two) units of A, from unit FIRST after first_k on; zero outside A."""
+    """COUNT (a power of two) units of A, from unit FIRST after first_k on; zero beyond K."""
     L: gl.constexpr = staging_layout(WARPS, ROWS, UNIT_K, 8 if VECTOR == 8 else 2)
     L3: gl.constexpr = gl.SliceLayout(3, L)
     unit = FIRST + gl.arange(0, COUNT, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
@@ -434,10 +415,13 @@ def stage_units(
     kk = kk.expand_dims(0).expand_dims(1).expand_dims(2)
     if VECTOR == 8:  # lets the compiler see that rows start on 16 bytes
         K = K // 8 * 8
-    k = first_k + unit // DEPTH * (WARPS * DEPTH * UNIT_K) + unit % DEPTH * UNIT_K
-    k = k + warp * (DEPTH * UNIT_K) + kk
-    pointer = A + (m * K + k)
-    mask = (m < M) & (k < K) & valid
+    k = warp * (DEPTH * UNIT_K) + kk
+    unit_k = unit // DEPTH * (WARPS * DEPTH * UNIT_K) + unit % DEPTH * UNIT_K
+    # rows beyond A repeat the last one: columns of the product that are never stored
+    pointer = (A + first_k) + (gl.minimum(m, M - 1) * K + k) + unit_k
+    mask = valid & gl.full([COUNT, WARPS, ROWS, UNIT_K], 1, gl.int1, L)
+    if not EXACT:
+        mask = mask & (first_k + k + unit_k < K)
     if VECTOR == 8:
         copy_async(target, pointer, mask=mask)
     else:
@@ -446,22 +430,23 @@ def stage_units(
 
 @gluon.jit
 def stage_activations(
-    A, a_smem, first_k, M, K, UNITS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
-    WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr,
+    A, a_smem, first_unit, first_k, M, K,
+    UNITS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+    WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """The slab of A in shared memory, [UNITS, WARPS, ROWS, UNIT_K], zero outside A.
+    """Start copying a slab of A to shared memory, [UNITS, WARPS, ROWS, UNIT_K]; zero beyond K.
 
     In few large copies, as tensors go in powers of two and a barrier precedes each but the first.
     """
-    everything = a_smem._reinterpret(
-        a_smem.dtype, [UNITS, WARPS, ROWS, UNIT_K], whole_layout(ROWS)
-    )  # fmt: skip
     for i in gl.static_range(12):
         if UNITS & (2048 >> i) != 0:
+            piece = reinterpret(
+                a_smem.index(first_unit + UNITS // (4096 >> i) * (4096 >> i)), a_smem.dtype,
+                [2048 >> i, WARPS, ROWS, UNIT_K], whole_layout(ROWS),
+            )  # fmt: skip
             stage_units(
-                A, everything.slice(UNITS // (4096 >> i) * (4096 >> i), 2048 >> i), first_k, M, K,
-                True, UNITS // (4096 >> i) * (4096 >> i), 2048 >> i,
-                ROWS, DEPTH, WARPS, UNIT_K, VECTOR,
+                A, piece, first_k, M, K, True, UNITS // (4096 >> i) * (4096 >> i), 2048 >> i,
+                ROWS, DEPTH, WARPS, UNIT_K, VECTOR, EXACT,
             )  # fmt: skip
     if VECTOR == 8:
         async_copy.commit_group()
@@ -479,23 +464,22 @@ def fold(
 ):  # fmt: skip
     """acc + the sums of raw products of one group, with everything that applies to the group.
 
-    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns]; scale, zero: [WARPS, rows].
+    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns]; scale, zero: [WARPS, rows],
+    float32.
     """
     ROWS: gl.constexpr = 16 * BANDS
     SL: gl.constexpr = gl.SliceLayout(2, MMA)
-    offset = per_row(SHIFT, WARPS, ROWS, SL)
     scale = gl.convert_layout(scale, SL, assert_trivial=True)
-    zero = gl.convert_layout(zero, SL, assert_trivial=True).to(gl.float32)
-    if ZEROS_KIND != "none":
-        if ZERO[0] != 1 or ZERO[1] != 1:
-            zero = zero * per_row(ZERO, WARPS, ROWS, SL)
-        if ZEROS_KIND != "rescale":
-            offset = offset - zero
+    zero = gl.convert_layout(zero, SL, assert_trivial=True)
+    if ZERO[0] != 1 or ZERO[1] != 1:
+        zero = zero * per_row(ZERO, WARPS, ROWS, SL)
+    offset = -per_row(SHIFT, WARPS, ROWS, SL)
+    if ZEROS_KIND == "original" or ZEROS_KIND == "quantized":
+        offset = zero if SHIFT[0] == 0 and SHIFT[1] == 0 else zero + offset
     if SCALE_KIND != "none":
-        scale = decode_scale(scale, SCALE_KIND)
         offset = offset * scale
     if ZEROS_KIND == "rescale":
-        offset = offset - zero
+        offset = offset + zero
     if SCALE_KIND == "none":
         acc = acc + part
     else:
@@ -531,7 +515,7 @@ def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
 
 @gluon.jit
 def multiply_unit(
-    main, extra, b, scales, zeros, acc, part, sums,
+    main, extra, b, scales, zeros, ones, acc, part, sums,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
@@ -542,7 +526,7 @@ def multiply_unit(
 
     part, sums: of the group that is not complete yet (without groups: of the row), acc: of the
     groups before. main, extra: words as load_plane returns them; b: [WARPS, UNIT_K, columns];
-    scales, zeros: [WARPS, rows, groups of an iteration]. FIRST: the unit's first k in its iteration.
+    scales, zeros: [WARPS, rows, groups of an iteration]; ones: as ones_operand gives it. FIRST: the unit's first k in its iteration.
     """
     ROWS: gl.constexpr = 16 * BANDS
     dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -564,12 +548,21 @@ def multiply_unit(
         e = extra.reshape([WARPS, BANDS, CHUNKS // 2, 8, 4, 4]).permute([0, 1, 3, 4, 2, 5])
         e = e.reshape([WARPS, BANDS, 8, 4, PARTS, PER_PART]).permute([0, 1, 2, 3, 5, 4])
     b = b.reshape([WARPS, PARTS, PER_PART, STEPS, 16, COLUMNS]).permute([0, 2, 4, 5, 3, 1])
-    ones = ones_operand(ONE, DTYPE, WARPS, PER_PART * 16, dA)
+    if PER_PART > 1:
+        wide = gl.full([WARPS, 16, PER_PART * 16], 0.0, DTYPE, dA)
+        wide = wide.reshape([WARPS, 16, PER_PART, 16])
+        ones = gl.convert_layout(
+            ones.reshape([WARPS, 16, 1, 16]), wide.type.layout, assert_trivial=True
+        )  # fmt: skip
+        ones, wide = gl.broadcast(ones, wide)
+        ones = ones.reshape([WARPS, 16, PER_PART * 16])
+        ones = gl.convert_layout(ones, dA, assert_trivial=True)
     for p in gl.static_range(PARTS):
         words = take(w, p)
         operands = [words]
         if EXTRA != 0:
-            operands = [words, gl.join(take(e, p), take(e, p))]
+            both = gl.join(take(e, p), take(e, p))
+            operands = [words, gl.convert_layout(both, words.type.layout, assert_trivial=True)]
         if DTYPE == gl.float16:
             o = gl.inline_asm_elementwise(
                 ASM, CONSTRAINTS, operands, dtype=(gl.float16,) * (2 * 16 // WIDTH), is_pure=True, pack=2
@@ -609,42 +602,19 @@ def multiply_unit(
 
 @gluon.jit
 def successor(
-    tile, i, steps, slab_k, ITERATIONS: gl.constexpr, STRIDE_K: gl.constexpr
+    slab, tile, i, tiles, SLABS: gl.constexpr, ITERATIONS: gl.constexpr, STRIDE_K: gl.constexpr
 ):  # fmt: skip
-    """(tile, first k) of the iteration that comes `steps` after iteration i of a tile."""
-    then = i + steps
-    same = then < ITERATIONS
-    tile = gl.where(same, tile, tile + gl.num_programs(0))
-    return tile, slab_k + gl.where(same, then, then - ITERATIONS) * STRIDE_K
-
-
-@gluon.jit
-def multiply_ring(
-    ring, a_units, first_unit, scales, zeros, acc, part, sums,
-    W, following, next_k, padded_k, valid, EXACT: gl.constexpr, TILE_K: gl.constexpr,
-    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr,
-    SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
-    ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
-    COLUMNS: gl.constexpr, SINGLE: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """An iteration from the words in `ring` and A from a_units on, each unit's registers being refilled from tile
-    `following`, k `next_k`, as soon as they are decoded; returns acc, part, sums and the ring."""
-    refilled = ()
-    for d in gl.static_range(DEPTH):
-        acc, part, sums = multiply_unit(
-            ring[d][0], ring[d][1],
-            load_operand(a_units, first_unit + d, SINGLE, gl.DotOperandLayout(1, MMA, 2)),
-            scales, zeros, acc, part, sums,
-            ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-            ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH * UNIT_K, COLUMNS, d * UNIT_K, MMA,
-        )  # fmt: skip
-        refilled = refilled + (load_unit(
-            W, following, next_k + d * UNIT_K, padded_k, valid,
-            WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K, DEPTH,
-        ),)  # fmt: skip
-        keep_loads_here()
-    return acc, part, sums, refilled
+    """(tile, first k, whether there is one) of a block's iteration after iteration i."""
+    here = i + 1 < ITERATIONS
+    next_tile = gl.where(here, tile, tile + gl.num_programs(0))
+    next_i = gl.where(here, i + 1, 0)
+    if SLABS == 1:
+        return next_tile, next_i * STRIDE_K, next_tile < tiles
+    else:
+        over = next_tile >= tiles
+        next_tile = gl.where(over, gl.program_id(0), next_tile)
+        next_slab = gl.where(over, slab + 1, slab)
+        return next_tile, (next_slab * ITERATIONS + next_i) * STRIDE_K, next_slab < SLABS
 
 
 @gluon.jit
@@ -659,9 +629,47 @@ def store_rows(
     gl.store(OUT + (m * N + n), result.to(OUT.dtype.element_ty), mask=inside)
 
 
+@gluon.jit
+def finish_tile(
+    OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab, tile, M, N,
+    SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
+    UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
+    ROWS_A: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, SLABS: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """The sum over warps, and over slabs through PARTS; stores the tile's results."""
+    ROWS: gl.constexpr = 16 * BANDS
+    if GROUP == 0:
+        acc = fold(
+            acc, part, sums, take(scales, 0), take(zeros, 0), SCALE_KIND, ZEROS_KIND, SUMS, ONE,
+            SHIFT, ZERO, WARPS, BANDS, MMA,
+        )  # fmt: skip
+    unit = per_row(UNIT, WARPS, ROWS, gl.SliceLayout(2, MMA)).expand_dims(2)
+    unit, acc = gl.broadcast(unit, acc)
+    acc = acc * unit
+    if ROWS_A == 1:  # all columns are equal
+        sum_smem.reshape([WARPS, ROWS]).store(gl.max(acc, axis=2))
+    else:
+        sum_smem.permute((0, 2, 1)).store(acc)
+    SUM: gl.constexpr = partial_sums_layout(WARPS, ROWS, ROWS_A)
+    OUTPUT: gl.constexpr = gl.SliceLayout(0, SUM)
+    result = gl.sum(sum_smem.load(SUM), axis=0)
+    m = gl.arange(0, ROWS_A, gl.SliceLayout(1, OUTPUT)).expand_dims(1)
+    n = (tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, OUTPUT))).expand_dims(0)
+    inside = (m < M) & (n < N)
+    if SLABS == 1:
+        store_rows(OUT, BIAS, GLOBAL_SCALE, result, m, n, N, inside)
+    else:
+        result += gl.load(PARTS + (m * N + n), mask=inside & (slab > 0), other=0.0)
+        if slab == SLABS - 1:
+            store_rows(OUT, BIAS, GLOBAL_SCALE, result, m, n, N, inside)
+        else:
+            gl.store(PARTS + (m * N + n), result, mask=inside)
+
+
 @gluon.jit(do_not_specialize=["M", "N", "K", "G", "EARLY"])
 def decode_kernel(
-    A, W, OUT, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, COUNTERS,
+    A, W, OUT, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS,
     M, N, K, G, EARLY,
     BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr,
@@ -671,37 +679,33 @@ def decode_kernel(
     GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
     VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
     WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
-    ITERATIONS: gl.constexpr, SPLIT_K: gl.constexpr, PRELOAD: gl.constexpr,
-    A_STAGES: gl.constexpr,
+    ITERATIONS: gl.constexpr, SLABS: gl.constexpr, BUFFERS: gl.constexpr,
+    ONE_TILE: gl.constexpr,
 ):  # fmt: skip
-    """OUT[M, N], M <= ROWS_A (1, 8 or 16). Grid: (blocks along N, SPLIT_K slabs of K).
+    """OUT[M, N], M <= ROWS_A (1, 8 or 16). Grid: at most one block for each row tile of W.
 
     EARLY: whether the weights may be read before the previous kernel in the stream is complete.
-    EXACT: K is a whole number of slabs; ROWS_EXACT: N of tiles. GROUPS_ALIGNED: a warp's scales of an iteration can be read
-    at once. VECTOR: values of A that can be copied at once, 8 or 1.
-    PARTS: float32 (SPLIT_K, M, N), COUNTERS: int32, one for each tile, zero before and after; both
-    None where SPLIT_K = 1. Whichever block finishes a tile last adds its parts, always in the same
-    order, so the result does not depend on timing.
+    EXACT: K is a whole number of slabs; ROWS_EXACT: N of tiles. GROUPS_ALIGNED: a warp's scales of
+    an iteration can be read at once. VECTOR: values of A that can be copied at once, 8 or 1.
+    BUFFERS: 2 for a second slab of A in shared memory, copied ahead.
+    ONE_TILE: no block has more than one tile, so its sums stay in registers from slab to slab; else
+    they go to PARTS, float32 (M, N). A thread reads there what it wrote itself, so the order of
+    summation is always the same.
     """
     ROWS: gl.constexpr = 16 * BANDS
     COLUMNS: gl.constexpr = 16 if ROWS_A == 16 else 8
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )  # fmt: skip
-    dB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     UNITS: gl.constexpr = ITERATIONS * DEPTH
     WARP_K: gl.constexpr = DEPTH * UNIT_K  # of a warp in an iteration
     STRIDE_K: gl.constexpr = WARPS * WARP_K
+    SLAB_K: gl.constexpr = ITERATIONS * STRIDE_K
     COUNT: gl.constexpr = WARP_K // GROUP if GROUP != 0 and GROUP < WARP_K else 1
 
-    if A_STAGES == 0:
-        a_smem = gl.allocate_shared_memory(
-            A.dtype.element_ty, [UNITS, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
-        )  # fmt: skip
-    else:
-        a_smem = gl.allocate_shared_memory(
-            A.dtype.element_ty, [A_STAGES, DEPTH, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
-        )  # fmt: skip
+    a_smem = gl.allocate_shared_memory(
+        A.dtype.element_ty, [BUFFERS * UNITS, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
+    )  # fmt: skip
     # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
     # the reads along rows meet in a bank
     sum_smem = gl.allocate_shared_memory(
@@ -714,141 +718,100 @@ def decode_kernel(
     let_next_kernel_start()
     if EARLY == 0:
         wait_for_previous_kernel()
-    slab_k = gl.program_id(1) * (ITERATIONS * STRIDE_K)
+    ones = ones_operand(M, N, ONE, A.dtype.element_ty, WARPS, gl.DotOperandLayout(0, MMA, 2))
     padded_k = (K + TILE_K - 1) // TILE_K * TILE_K
     tiles = (N + ROWS - 1) // ROWS
-    tile = gl.program_id(0)
+    first_tile = gl.program_id(0)
+    pointers = iteration_pointers(
+        W, first_tile, 0, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K, DEPTH
+    )  # fmt: skip
     ring = ()
     for d in gl.static_range(DEPTH):
         ring = ring + (load_unit(
-            W, tile, slab_k + d * UNIT_K, padded_k, tile < tiles,
-            WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K, DEPTH,
+            pointers, d, padded_k, True, (0, 0),
+            WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K,
         ),)  # fmt: skip
     keep_loads_here()
     scale, zero = load_scales_and_zeros(
-        SCALE, ZEROS, tile, slab_k, N, G, tile < tiles, BITS, SCALE_KIND, ZEROS_KIND, GROUP,
+        SCALE, ZEROS, first_tile, 0, N, G, True, BITS, SCALE_KIND, ZEROS_KIND, GROUP,
         GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
     )  # fmt: skip
     wait_for_previous_kernel()
-    if A_STAGES == 0:
-        stage_activations(A, a_smem, slab_k, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR)
-    for j in gl.static_range(A_STAGES - 1 if A_STAGES > 0 else 0):
-        later, later_k = successor(tile, 0, j, slab_k, ITERATIONS, STRIDE_K)
-        stage_units(
-            A, a_smem.index(j), later_k, M, K, later < tiles, 0, DEPTH, ROWS_A, DEPTH, WARPS,
-            UNIT_K, VECTOR,
-        )  # fmt: skip
-        async_copy.commit_group()
-    preloaded = ()
-    for u in gl.static_range(PRELOAD * DEPTH):
-        target = shared_unit(WIDTH, EXTRA, WARPS, BANDS, UNIT_K)
-        copy_unit(
-            target, W, tile, slab_k + (1 + u // DEPTH) * STRIDE_K + u % DEPTH * UNIT_K, padded_k,
-            tile < tiles, WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K, DEPTH,
-        )  # fmt: skip
-        preloaded = preloaded + (target,)
-    if A_STAGES == 0:
-        if PRELOAD > 0:
-            async_copy.commit_group()
-            async_copy.wait_group(1)
-        else:
-            async_copy.wait_group(0)
-        thread_barrier()
 
-    first = True
-    stage = 0
-    while tile < tiles:
-        acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
-        part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
-        sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
-        scales = scale
-        zeros = zero
-        for i in range(ITERATIONS):
-            following, next_k = successor(tile, i, 1, slab_k, ITERATIONS, STRIDE_K)
-            scales = scale
-            zeros = zero
-            scale, zero = load_scales_and_zeros(
-                SCALE, ZEROS, following, next_k, N, G, following < tiles, BITS, SCALE_KIND,
-                ZEROS_KIND, GROUP, GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
+    if BUFFERS == 2:
+        stage_activations(
+            A, a_smem, 0, 0, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR, EXACT
+        )  # fmt: skip
+    acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+    part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+    sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
+    for slab in range(SLABS):
+        first_unit = 0
+        if BUFFERS == 1:
+            stage_activations(
+                A, a_smem, 0, slab * SLAB_K, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR,
+                EXACT,
             )  # fmt: skip
-            if A_STAGES > 0:
-                async_copy.wait_group(A_STAGES - 2)
-                later, later_k = successor(tile, i, A_STAGES - 1, slab_k, ITERATIONS, STRIDE_K)
-                stage_units(
-                    A, a_smem.index((stage + A_STAGES - 1) % A_STAGES), later_k, M, K,
-                    later < tiles, 0, DEPTH, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR,
-                )  # fmt: skip
-                async_copy.commit_group()
-                units = a_smem.index(stage)._reinterpret(
-                    a_smem.dtype, [DEPTH, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
-                )  # fmt: skip
-                acc, part, sums, ring = multiply_ring(
-                    ring, units, 0, scales, zeros, acc, part, sums,
-                    W, following, next_k, padded_k, following < tiles, EXACT, TILE_K,
-                    ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-                    ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH, COLUMNS, ROWS_A == 1, MMA,
-                )  # fmt: skip
-                stage = (stage + 1) % A_STAGES
-            elif PRELOAD == 0:
-                acc, part, sums, ring = multiply_ring(
-                    ring, a_smem, i * DEPTH, scales, zeros, acc, part, sums,
-                    W, following, next_k, padded_k, following < tiles, EXACT, TILE_K,
-                    ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-                    ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH, COLUMNS, ROWS_A == 1, MMA,
-                )  # fmt: skip
-            elif first and i == 1:
-                async_copy.wait_group(0)
-                for d in gl.static_range(DEPTH):
-                    words = load_shared_unit(preloaded[d])
-                    acc, part, sums = multiply_unit(
-                        words[0], words[1],
-                        load_operand(a_smem, i * DEPTH + d, ROWS_A == 1, dB),
-                        scales, zeros, acc, part, sums,
-                        ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-                        ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH * UNIT_K, COLUMNS,
-                        d * UNIT_K, MMA,
-                    )  # fmt: skip
-            else:
-                steps = gl.where(first & (i == 0), PRELOAD + 1, 1)
-                following, next_k = successor(tile, i, steps, slab_k, ITERATIONS, STRIDE_K)
-                acc, part, sums, ring = multiply_ring(
-                    ring, a_smem, i * DEPTH, scales, zeros, acc, part, sums,
-                    W, following, next_k, padded_k, following < tiles, EXACT, TILE_K,
-                    ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-                    ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, DEPTH, COLUMNS, ROWS_A == 1, MMA,
-                )  # fmt: skip
-        if GROUP == 0:
-            acc = fold(
-                acc, part, sums, take(scales, 0), take(zeros, 0),
-                SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO,
-                WARPS, BANDS, MMA,
-            )  # fmt: skip
-        unit = per_row(UNIT, WARPS, ROWS, gl.SliceLayout(2, MMA)).expand_dims(2)
-        unit, acc = gl.broadcast(unit, acc)
-        acc = acc * unit
-        # the sum over warps
-        if ROWS_A == 1:  # all columns are equal
-            sum_smem.reshape([WARPS, ROWS]).store(gl.max(acc, axis=2))
-        else:
-            sum_smem.permute((0, 2, 1)).store(acc)
-        SUM: gl.constexpr = partial_sums_layout(WARPS, ROWS, ROWS_A)
-        OUTPUT: gl.constexpr = gl.SliceLayout(0, SUM)
-        result = gl.sum(sum_smem.load(SUM), axis=0)
-        m = gl.arange(0, ROWS_A, gl.SliceLayout(1, OUTPUT)).expand_dims(1)
-        n = (tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, OUTPUT))).expand_dims(0)
-        inside = (m < M) & (n < N)
-        if SPLIT_K == 1:
-            store_rows(OUT, BIAS, GLOBAL_SCALE, result, m, n, N, inside)
-        else:
-            gl.store(PARTS + gl.program_id(1) * (M * N) + (m * N + n), result, mask=inside)
+            async_copy.wait_group(0)
+        else:  # the next slab is copied while this one is multiplied
+            first_unit = slab % 2 * UNITS
+            async_copy.wait_group(0)
             thread_barrier()
-            finished = gl.atomic_add(COUNTERS + tile, 1, sem="acq_rel")
-            if finished == SPLIT_K - 1:
-                total = gl.zeros_like(result)
-                for s in gl.static_range(SPLIT_K):
-                    part_s = PARTS + s * (M * N) + (m * N + n)
-                    total += gl.load(part_s, mask=inside, other=0.0, cache_modifier=".cg")
-                store_rows(OUT, BIAS, GLOBAL_SCALE, total, m, n, N, inside)
-                gl.store(COUNTERS + tile, 0)
-        tile += gl.num_programs(0)
-        first = False
+            if slab + 1 < SLABS:
+                stage_activations(
+                    A, a_smem, UNITS - first_unit, (slab + 1) * SLAB_K, M, K, UNITS, ROWS_A, DEPTH,
+                    WARPS, UNIT_K, VECTOR, EXACT,
+                )  # fmt: skip
+        thread_barrier()
+        tile = first_tile
+        while tile < tiles:
+            if not ONE_TILE:
+                acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+                part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
+                sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
+            scales = decode_scale(scale, SCALE_KIND)
+            zeros = zero.to(gl.float32)
+            for i in range(ITERATIONS):
+                next_tile, next_k, more = successor(
+                    slab, tile, i, tiles, SLABS, ITERATIONS, STRIDE_K
+                )  # fmt: skip
+                scales = decode_scale(scale, SCALE_KIND)
+                zeros = zero.to(gl.float32)
+                scale, zero = load_scales_and_zeros(
+                    SCALE, ZEROS, next_tile, next_k, N, G, more, BITS, SCALE_KIND, ZEROS_KIND,
+                    GROUP, GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
+                )  # fmt: skip
+                pointers = iteration_pointers(
+                    W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
+                    DEPTH,
+                )  # fmt: skip
+                refilled = ()
+                for d in gl.static_range(DEPTH):
+                    b = load_operand(
+                        a_smem, first_unit + i * DEPTH + d, ROWS_A == 1, gl.DotOperandLayout(1, MMA, 2)
+                    )  # fmt: skip
+                    acc, part, sums = multiply_unit(
+                        ring[d][0], ring[d][1], b, scales, zeros, ones, acc, part, sums,
+                        ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                        ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K, COLUMNS, d * UNIT_K, MMA,
+                    )  # fmt: skip
+                    # a unit's registers are refilled as soon as it is decoded
+                    refilled = refilled + (load_unit(
+                        pointers, d, padded_k, more, ring[d],
+                        WIDTH, EXTRA, TILE_K, EXACT, WARPS, BANDS, UNIT_K,
+                    ),)  # fmt: skip
+                    keep_loads_here()
+                ring = refilled
+            if SLABS == 1 or not ONE_TILE:
+                finish_tile(
+                    OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab,
+                    tile, M, N, SCALE_KIND, ZEROS_KIND, SUMS, GROUP, UNIT, ONE, SHIFT, ZERO,
+                    ROWS_A, WARPS, BANDS, 1 if ONE_TILE else SLABS, MMA,
+                )  # fmt: skip
+            elif slab == SLABS - 1:
+                finish_tile(
+                    OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab,
+                    tile, M, N, SCALE_KIND, ZEROS_KIND, SUMS, GROUP, UNIT, ONE, SHIFT, ZERO,
+                    ROWS_A, WARPS, BANDS, 1, MMA,
+                )  # fmt: skip
+            tile += gl.num_programs(0)

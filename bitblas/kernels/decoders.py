@@ -7,7 +7,7 @@ R = 4*step + 2*x + r3 that lie in them (bitblas.layouts.Fragment), two packed va
 What it writes is a raw value, to be corrected in the accumulator. With index r3, which says in
 which half of the 16 rows a register lies,
 
-    sum of value * a = unit * (sum of raw * a + (shift - zero * zero point) * sum of one * a)
+    sum of value * a = unit * (sum of raw * a + (zero * zero point - shift) * sum of one * a)
 
 float16 codes stay where they are in the word, as subnormals (code * 2^-24; * 2^-20 for the second
 row half of 4-bit codes), and cost one logic instruction for two weights; bfloat16, whose products
@@ -36,7 +36,7 @@ class PairDecoder:
     constraints: str
     registers: int
     unit: tuple[float, float] = (1.0, 1.0)
-    one: tuple[float, float] = (1.0, 1.0)
+    one: tuple[float, float] = (-1.0, -1.0)
     shift: tuple[float, float] = (0.0, 0.0)
     zero: tuple[float, float] = (1.0, 1.0)
 
@@ -58,9 +58,9 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
             return _assemble(_bytes_to_bfloat16(decoder), widths) if decoder.step == 1 else None
         lines, row_shift, base = _affine(decoder, fmt.bits, half)
         raised = (1.0, float(1 << row_shift))  # of codes, in the two row halves
-        one = tuple(r * 2.0**-24 for r in raised) if half else (1.0, 1.0)
+        one = tuple(-r * 2.0**-24 for r in raised) if half else (-1.0, -1.0)
         unit = tuple(decoder.step * (2.0**24 if half else 1.0) / r for r in raised)
-        zero = tuple(1.0 / (u * o) for u, o in zip(unit, one))
+        zero = tuple(-1.0 / (u * o) for u, o in zip(unit, one))
         shift = tuple(decoder.offset * z - base for z in zero)
         return _assemble(lines, widths, unit=unit, one=one, shift=shift, zero=zero)
     if isinstance(decoder, MiniFloat) and len(widths) == 1 and fmt.bits >= 4:
