@@ -1,0 +1,246 @@
+"""The decode family's PTX, executed here instruction by instruction on words of the packed layout.
+
+No GPU: a few PTX instructions in numpy, on vectors of 32-bit registers. What a decoder makes of
+the words that FRAGMENT_16.pack writes is compared with the format's values, so the decoder and the
+layout are checked against each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from bitblas.formats import FORMATS
+from bitblas.kernels.decoders import PairDecoder, pair_decoder
+from bitblas.layouts import FRAGMENT_16, planes
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DECODERS = [
+    (name, dtype)
+    for name, fmt in FORMATS.items()
+    for dtype in DTYPES
+    if pair_decoder(fmt, dtype) is not None
+]
+INTEGERS = [(name, dtype) for name, dtype in DECODERS if FORMATS[name].is_integer]
+
+
+# --- a small PTX machine: every register is a uint32 vector, one element for each lane -----------
+
+
+def execute(asm: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All registers after the instructions. KeyError where one is read that was never written."""
+    registers, declared = dict(inputs), set()
+    like = np.zeros_like(next(iter(inputs.values())))
+
+    def read(operand: str) -> np.ndarray:
+        if operand.startswith("0x"):
+            return like + np.uint32(int(operand, 16))
+        return like + np.uint32(int(operand)) if operand.isdigit() else registers[operand]
+
+    body = asm.strip()
+    assert body[0] == "{" and body[-1] == "}"
+    for line in filter(None, map(str.strip, body[1:-1].split(";"))):
+        opcode, rest = line.split(None, 1)
+        operands = [operand.strip() for operand in rest.split(",")]
+        if opcode == ".reg":
+            operands[0] = operands[0].split()[-1]
+            declared.update(operands)
+            continue
+        target, sources = operands[0], operands[1:]
+        assert re.fullmatch(r"\$\d+", target) or target in declared, line
+        assert target not in inputs, f"an input is overwritten: {line}"
+        registers[target] = OPERATIONS[opcode](*map(read, sources)).astype(np.uint32)
+    return registers
+
+
+def _shift(operation: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """PTX shifts by 32 and more give zero, numpy's do not."""
+    return lambda a, n: np.where(n < 32, operation(a, np.minimum(n, 31)), 0)
+
+
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    result = np.zeros_like(a)
+    for index in range(8):
+        if int(table.flat[0]) >> index & 1:
+            terms = zip((a, b, c), (index & 4, index & 2, index & 1))
+            x, y, z = (operand if wanted else ~operand for operand, wanted in terms)
+            result |= x & y & z
+    return result
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for i in range(4):
+        nibble = selector >> np.uint32(4 * i) & np.uint32(15)
+        byte = source >> (np.uint64(8) * (nibble & np.uint32(7)).astype(np.uint64)) & np.uint64(255)
+        sign = np.where(byte & np.uint64(128), 255, 0)  # what bit 3 of a selector asks for
+        chosen = np.where(nibble & np.uint32(8), sign, byte).astype(np.uint32)
+        result |= chosen << np.uint32(8 * i)
+    return result
+
+
+def halves(register: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """float64 [..., 2] of packed 16-bit values, low half first."""
+    words = torch.from_numpy(np.ascontiguousarray(register).view(np.int32))
+    return words.unsqueeze(-1).view(dtype).double()
+
+
+def _bfloat16_pairs(values: torch.Tensor) -> np.ndarray:
+    """The same in registers; values that bfloat16 would round are no decoder's business."""
+    rounded = values.to(torch.bfloat16)
+    assert torch.equal(rounded.double().nan_to_num(), values.nan_to_num())
+    return rounded.contiguous().view(torch.int32).squeeze(-1).numpy().view(np.uint32)
+
+
+def _fma_bfloat16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    x, y, z = (halves(operand, torch.bfloat16) for operand in (a, b, c))
+    return _bfloat16_pairs(x * y + z)
+
+
+def _pack_bfloat16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    values = np.stack([low.view(np.float32), high.view(np.float32)], axis=-1)
+    return _bfloat16_pairs(torch.from_numpy(values).double())
+
+
+def _subtract_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a.view(np.float32) - b.view(np.float32)).view(np.uint32)
+
+
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": _shift(lambda a, n: a << n),
+    "shr.u32": _shift(lambda a, n: a >> n),
+    "add.u32": lambda a, b: a + b,
+    "sub.u32": lambda a, b: a - b,
+    "lop3.b32": _lop3,
+    "prmt.b32": _prmt,
+    "sub.rn.f32": _subtract_floats,
+    "fma.rn.bf16x2": _fma_bfloat16,
+    "cvt.rn.bf16x2.f32": _pack_bfloat16,
+}
+
+
+def test_the_machine_knows_ptx():
+    """Examples of the PTX manual's semantics, computed by hand."""
+
+    def result(line: str, *inputs: int) -> int:
+        registers = {f"${i + 1}": np.array([x], dtype=np.uint32) for i, x in enumerate(inputs)}
+        return int(execute("{ " + line + " }", registers)["$0"][0])
+
+    assert result("prmt.b32 $0, $1, $2, 0x5410;", 0x33221100, 0x77665544) == 0x55441100
+    assert result("prmt.b32 $0, $1, $1, 0x000b;", 0x80221100) == 0x000000FF
+    assert result("lop3.b32 $0, $1, $2, $3, 0xea;", 0b1100, 0b1010, 0b0001) == 0b1001
+    assert result("lop3.b32 $0, $1, $2, $3, 0x6a;", 0b1100, 0b1010, 0b0011) == 0b1011
+    assert result("shr.u32 $0, $1, 32;", 0xFFFFFFFF) == 0
+    assert result("sub.u32 $0, $1, $2;", 0, 1) == 0xFFFFFFFF
+    assert result("cvt.rn.bf16x2.f32 $0, $1, $2;", 0x3F800000, 0xC0000000) == 0x3F80C000
+    assert result("fma.rn.bf16x2 $0, $1, $2, $3;", 0x3F804000, 0x40004040, 0x80003F80) == 0x400040E0
+
+
+# --- packed words through a decoder ---------------------------------------------------------------
+
+
+def every_code_everywhere(bits: int, seed: int) -> torch.Tensor:
+    """Codes (N, BK), N whole tiles: each place of a tile meets each code, beside random others."""
+    rng = torch.Generator().manual_seed(seed)
+    rounds = max(2 ** (3 - bits), 1)
+    place = (rounds, 1, FRAGMENT_16.ROWS, FRAGMENT_16.block_k(bits))
+    base = torch.randint(0, 1 << bits, place, generator=rng)
+    codes = (base + torch.arange(1 << bits)[:, None, None]) % (1 << bits)
+    return codes.to(torch.uint8).view(-1, place[-1])
+
+
+def pairs_of_words(codes: torch.Tensor, bits: int) -> dict[str, np.ndarray]:
+    """The inputs that the kernel gives a decoder, from the packed weight.
+
+    By name, behind the outputs; each [tile, 128 lanes, pair of words along K].
+    """
+    words = FRAGMENT_16.pack(codes, bits).view(torch.int32).squeeze(-1)
+    words = words.view(words.shape[0], -1, 128, 4)  # tile, chunk, lane, word
+    widths = [width for width, _ in planes(bits)]
+    registers, chunks = 2 * 16 // widths[0], FRAGMENT_16.block_k(bits) * widths[0] // 256
+    main = words[:, :chunks].permute(0, 2, 1, 3).reshape(words.shape[0], 128, -1, 2)
+    found = {f"${registers}": main[..., 0], f"${registers + 1}": main[..., 1]}
+    if len(widths) > 1:  # a word of the second plane for each pair, twice
+        extra = words[:, chunks:].permute(0, 2, 1, 3).reshape(words.shape[0], 128, -1)
+        found |= {f"${registers + 2}": extra, f"${registers + 3}": extra}
+    return {name: x.contiguous().numpy().view(np.uint32) for name, x in found.items()}
+
+
+def decoded(name: str, dtype: str, seed: int) -> tuple[PairDecoder, torch.Tensor, torch.Tensor]:
+    """(decoder, raw values, codes), both [r3, any]: the decoder's outputs and where they belong."""
+    fmt = FORMATS[name]
+    decoder = pair_decoder(fmt, dtype)
+    assert decoder is not None
+    codes = every_code_everywhere(fmt.bits, seed)
+    inputs = pairs_of_words(codes, fmt.bits)
+    assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
+    outputs = execute(decoder.asm, inputs)
+    tiles, lanes, pairs = next(iter(inputs.values())).shape
+    span = 4 * decoder.registers  # values of k in a pair
+    row = torch.arange(lanes)[:, None] // 32 * 16 + torch.arange(lanes)[:, None] // 4 % 8
+    k = torch.arange(pairs) * span + torch.arange(lanes)[:, None] % 4 * 2
+    by_tile = codes.view(tiles, FRAGMENT_16.ROWS, -1)
+    raw: tuple[list[torch.Tensor], ...] = ([], [])
+    wanted: tuple[list[torch.Tensor], ...] = ([], [])
+    for register in range(decoder.registers):
+        step, x, r3 = register // 4, register // 2 % 2, register % 2
+        both = halves(outputs[f"${register}"], DTYPES[dtype])
+        for h in range(2):
+            raw[r3].append(both[..., h].flatten())
+            wanted[r3].append(by_tile[:, row + 8 * r3, k + step * 16 + x * 8 + h].flatten())
+    return decoder, torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
+
+
+def by_row_half(pair: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(pair, dtype=torch.float64)[:, None]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
+
+
+def test_every_packed_format_has_a_decoder():
+    packed = {name for name, fmt in FORMATS.items() if not fmt.is_dense}
+    assert set(DECODERS) == {(name, dtype) for name in packed for dtype in DTYPES}
+
+
+@pytest.mark.parametrize(("name", "dtype"), DECODERS)
+def test_decoded_registers_are_the_values_of_their_rows_and_k(name, dtype, seed):
+    decoder, raw, codes = decoded(name, dtype, seed)
+    unit, one, shift = map(by_row_half, (decoder.unit, decoder.one, decoder.shift))
+    values = FORMATS[name].to_values(codes, DTYPES[dtype]).double()  # table entries: rounded once
+    assert same(unit * (raw - shift * one), values)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [x for x in DECODERS if x not in INTEGERS])
+def test_signs_of_zeros_survive(name, dtype, seed):
+    """-0 is a code of the small floats; a zero that a correction makes has no sign of its own."""
+    _, raw, codes = decoded(name, dtype, seed)
+    values = FORMATS[name].to_values(codes)
+    zeros = values == 0
+    assert torch.equal(raw[zeros].signbit(), values[zeros].signbit())
+
+
+@pytest.mark.parametrize(("name", "dtype"), INTEGERS)
+def test_a_zero_point_is_subtracted_once(name, dtype):
+    """In the docstring's formula, zero * (zero point) * one * unit is minus the zero point."""
+    decoder = pair_decoder(FORMATS[name], dtype)
+    unit, one, zero = map(by_row_half, (decoder.unit, decoder.one, decoder.zero))
+    assert torch.equal(unit * zero * one, torch.full((2, 1), -1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "dtype"), DECODERS)
+def test_the_row_operand_of_sums_is_exact(name, dtype):
+    """The operand that sums A is made in the dtype of A."""
+    decoder = pair_decoder(FORMATS[name], dtype)
+    for one in decoder.one:
+        assert float(torch.tensor(one).to(DTYPES[dtype])) == one
