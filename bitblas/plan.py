@@ -1,10 +1,17 @@
-"""Which kernel choice serves (config, m, device): a recorded one, else the family's default."""
+"""Which kernel serves (config, m, device): a recorded choice, else what should be the fastest.
+
+Nothing is measured to plan a product. The families that serve it list their tiles, the one that
+their cost model expects to be the fastest first; the first family in the list of `families` that
+serves a product takes it. Recorded choices (hardware_aware_finetune, the database) come before.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Callable
+from functools import cache as cached
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,31 +21,70 @@ from .config import MatmulConfig
 from .log import logger
 
 
-def pick(config: MatmulConfig, m: int, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments for the backend's matmul: {} leaves the choice to the kernel family."""
-    if device.type != "cuda":
-        return {}
+def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
+    """The kernel family for m rows on a GPU, and its tile."""
     choices = cache.recorded_choices(config, cache.device_name(device))
-    if not choices:
-        return {}
     measured = min((rows for rows in choices if m <= rows <= 2 * m), default=None)
-    if measured is None:
-        return {}
-    from .kernels.portable import Tile
+    if measured is not None:
+        family, tile = _recorded(choices[measured])
+        if family.serves(config, m, _architecture(device)):
+            return family, tile
+    return candidates(config, m, device)[0]
 
-    return {"tile": Tile(**choices[measured])}
+
+def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[ModuleType, Any]]:
+    """(family, tile) worth measuring for m rows, the one that should be the fastest first."""
+    serving = [f for f in families() if f.serves(config, m, _architecture(device))]
+    return [(family, tile) for family in serving for tile in _tiles(family, config, m, device)]
+
+
+@cached
+def families() -> tuple[ModuleType, ...]:
+    """The GPU kernel families; what two of them serve, the first serves faster."""
+    from .kernels import decode, portable
+
+    return decode, portable
+
+
+def _tiles(family: ModuleType, config: MatmulConfig, m: int, device: torch.device) -> list[Any]:
+    if family.__name__.endswith(".decode"):
+        return family.candidates(config, m, _gpu(device))
+    return family.candidates(config, m)
+
+
+def _recorded(choice: dict[str, Any]) -> tuple[ModuleType, Any]:
+    from .kernels import decode, portable
+
+    family = decode if choice["kernel"] == "decode" else portable
+    return family, family.Tile(**choice)
+
+
+def _architecture(device: torch.device) -> int:
+    """A GPU's compute capability, 90 for 9.0."""
+    from .kernels import prepared
+
+    return prepared.architecture(
+        prepared.current_device() if device.index is None else device.index
+    )
+
+
+@cached
+def _gpu(device: torch.device) -> Any:
+    """What cost models know of a device."""
+    from .kernels.decode import GPU
+
+    return GPU(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> None:
     """Time `call`, of m rows, with the first `topk` candidates; record the fastest."""
     from triton.runtime.errors import OutOfResources
 
-    from .kernels import portable
-
-    choices = cache.recorded_choices(config, cache.device_name(torch.device("cuda")))
+    device = torch.device("cuda", torch.cuda.current_device())
+    choices = cache.recorded_choices(config, cache.device_name(device))
     best: tuple[float, dict[str, Any] | None] = (float("inf"), None)
     try:
-        for tile in portable.candidates(config, m)[:topk]:
+        for _, tile in candidates(config, m, device)[:topk]:
             choices[m] = dataclasses.asdict(tile)
             cache.choices_changed()
             try:

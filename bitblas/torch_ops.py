@@ -82,7 +82,9 @@ def _warn_of_conversion(source: str, target: str) -> None:
 
 def _native_weight(config: MatmulConfig, W: torch.Tensor) -> torch.Tensor:
     """W as int8 words in the layout that its device's backend reads."""
-    W = aligned(W).view(torch.int8)
+    W = aligned(W)
+    if W.dtype != torch.int8:
+        W = W.view(torch.int8)
     layout = native_layout(config, W.device.type)
     if layout_of(W) is not layout:
         _warn_of_conversion(layout_of(W).name, layout.name)

@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .driver import Binary
-from .launch import Counters, Launch, Workspace
+from .launch import Counters, Launch, Settled, Workspace
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -76,6 +76,7 @@ class Source:
         self.options = {
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
+            "enable_fp_fusion": True,  # Triton 3.9 warns where it is left open
             **launch.options,
         }
         for index, name in enumerate(function.arg_names):
@@ -87,6 +88,8 @@ class Source:
             elif value is None or name in launch.constants:
                 self.signature[name] = "constexpr"
                 self.constants[name] = value
+            elif isinstance(value, Settled):
+                self.signature[name] = "i32"
             elif isinstance(value, int):
                 self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             else:

@@ -1,32 +1,37 @@
 """Launcher of the decode family: m <= 16, 16-bit activations, Hopper; see decode_kernels.
 
-`launches` says what to start, `candidates` lists the tiles worth measuring, `serves` whether the
-family computes a product at all. The portable family computes everything else.
+`serves` says whether the family computes a product, `candidates` lists the tiles worth measuring,
+the one that `microseconds` predicts to be the fastest first, `launches` says what to start.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ..config import MatmulConfig
+from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
-from .decoders import pair_decoder
-from .launch import Launch, Workspace
+from .decoders import PairDecoder, pair_decoder
+from .launch import Launch, Settled, Workspace
+from .versions import gluon_available
 
 MAX_ROWS = 16
 SHARED_BYTES = 227 * 1024  # of a block, on Hopper
+# whether kernels start before the one ahead of them in the stream is complete
+PROGRAMMATIC_LAUNCH = os.environ.get("BITBLAS_PDL", "1") != "0"
 
 
 @dataclass(frozen=True)
 class Tile:
     """How a product is cut up; decode_kernels explains the terms.
 
-    blocks: thread blocks along N, each walking over row tiles.
+    blocks: thread blocks, each walking over row tiles. max_registers: of a thread, so that two
+    blocks fit on a multiprocessor; None leaves it to the compiler.
     """
 
     warps: int
@@ -37,8 +42,16 @@ class Tile:
     slabs: int = 1
     buffers: int = 1
     max_registers: int | None = None
+    kernel: str = "decode"
 
-    kernel = "decode"
+
+@dataclass(frozen=True)
+class GPU:
+    """What the cost model knows of a device; the defaults are an H200's, measured."""
+
+    multiprocessors: int = 132
+    bytes_per_us: float = 4.56e6  # of a plain read kernel
+    cycles_per_us: float = 1755.0
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
@@ -50,7 +63,9 @@ def serves(config: MatmulConfig, m: int, arch: int) -> bool:
 def _serves(config: MatmulConfig) -> bool:
     if config.A_dtype not in ("float16", "bfloat16"):
         return False
-    if pair_decoder(config.format, config.A_dtype) is None:
+    if pair_decoder(config.format, config.A_dtype) is None or not gluon_available():
+        return False
+    if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
         return False
     # entries rounded to the operand dtype are not exact enough for a finer result
     finer = config.out_dtype == "float32" or config.out_dtype != config.A_dtype == "bfloat16"
@@ -63,6 +78,12 @@ def _serves(config: MatmulConfig) -> bool:
 def layout(config: MatmulConfig) -> Fragment:
     """The packed layout that the kernels read."""
     return FRAGMENT_16
+
+
+def _decoder(config: MatmulConfig) -> PairDecoder:
+    decoder = pair_decoder(config.format, config.A_dtype)
+    assert decoder is not None  # _serves has seen to it
+    return decoder
 
 
 def _group(config: MatmulConfig) -> int:
@@ -94,20 +115,111 @@ def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
     return 2 * tile.buffers * slab * rows + 4 * tile.warps * rows * 16 * tile.bands
 
 
-def candidates(config: MatmulConfig, m: int, multiprocessors: int = 132) -> list[Tile]:
-    """Tiles worth measuring for m rows."""
-    result = []
-    unit = max(smallest_unit(config), 128)
-    for warps in (16, 8):
-        for bands in (4, 2, 1):
-            for depth in (4, 2, 1):
-                for split_k in (1, 2, 4):
-                    tiles = -(-config.N // (16 * bands))
-                    blocks = min(tiles, multiprocessors // split_k)
-                    tile = Tile(warps, bands, unit, depth, blocks, split_k)
-                    if shared_bytes(config, m, tile) <= SHARED_BYTES:
-                        result.append(tile)
-    return result
+# (warps, bands, bands * depth, blocks on a multiprocessor), by rows of A that a block stages: those
+# that were the fastest for some shape or format on an H200. Two blocks hide each other's starts and
+# ends, one has more registers for words on their way.
+_SHAPES = {
+    1: ((8, 1, 4, 2), (8, 1, 8, 2), (8, 2, 4, 2), (8, 2, 8, 2), (8, 1, 16, 1), (8, 2, 16, 1)),
+    8: ((8, 1, 4, 2), (8, 2, 8, 2), (8, 1, 16, 1), (8, 2, 16, 1), (16, 1, 8, 1), (16, 2, 8, 1)),
+    16: ((16, 1, 4, 1), (16, 2, 4, 1), (16, 2, 8, 1), (8, 2, 16, 1), (8, 4, 8, 1), (8, 4, 16, 1)),
+}
+
+
+def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
+    """Tiles worth measuring for m rows, the one that should be the fastest first."""
+    return list(_candidates(config, rows_of_a(m), gpu or GPU()))
+
+
+@lru_cache(maxsize=4096)
+def _candidates(config: MatmulConfig, rows: int, gpu: GPU) -> tuple[Tile, ...]:
+    tiles = [
+        tile
+        for warps, bands, units, per_sm in _SHAPES[rows]
+        for buffers in (1, 2)
+        if (tile := _fitting(config, rows, gpu, warps, bands, units // bands, per_sm, buffers))
+    ]
+    tiles = list(dict.fromkeys(tiles))
+    return tuple(sorted(tiles, key=lambda tile: microseconds(config, rows, tile, gpu)))
+
+
+def _fitting(
+    config: MatmulConfig,
+    rows: int,
+    gpu: GPU,
+    warps: int,
+    bands: int,
+    depth: int,
+    per_sm: int,
+    buffers: int,
+) -> Tile | None:
+    """The tile with as few slabs of K as shared memory allows; None where that is none."""
+    unit = smallest_unit(config)
+    crowded = per_sm == 2 or warps == 16  # 128 registers in a thread
+    if crowded and rows == 16 and _decoder(config).instructions_per_weight > 1.5:
+        return None  # spills
+    # registers of a lane, in fours, for an iteration's words and its groups' scales
+    words = len(planes(config.bits)) * bands
+    group, scale_bytes = _group(config), 2 if config.format.scale_encoding is None else 1
+    extras = scale_bytes * config.with_scaling
+    extras += config.with_zeros * (4 if config.zeros_mode == "quantized" else 2)
+    while depth > 1 and (
+        depth * words > (8 if crowded else 16)
+        or warps * unit * depth > config.K
+        or (group and bands * extras * unit * depth // group > (16 if crowded else 32))
+    ):
+        depth //= 2
+    blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
+    registers = 128 if per_sm == 2 else None
+    slabs = -(-config.K // (warps * unit * depth))
+    for count in range(1 if buffers == 1 else 2, slabs + 1):
+        tile = Tile(warps, bands, unit, depth, blocks, count, buffers, registers)
+        if shared_bytes(config, rows, tile) * per_sm <= SHARED_BYTES:
+            return tile
+    return None
+
+
+def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
+    """What a product should take, from counts of instructions and bytes.
+
+    The busiest multiprocessor decides. Its arithmetic and its reads overlap, but not wholly (a
+    p-norm of both); staging A, the sums over warps and the start do not. The constants are a fit to
+    some 300 measurements on an H200 (benchmarks/results/h200_decode_tiles.csv).
+    """
+    rows = rows_of_a(m)
+    columns = 2 if rows == 16 else 1  # in units of 8
+    decoder = _decoder(config)
+    sums = int(config.with_zeros or decoder.shift != (0.0, 0.0))
+    group, warp_k = _group(config), tile.depth * tile.unit_k
+    tiles = -(-config.N // (16 * tile.bands))
+    per_sm = -(-tile.blocks // gpu.multiprocessors)
+    walked = -(-tiles // tile.blocks) * per_sm  # tiles of the busiest multiprocessor
+    iterations_ = iterations(config, tile) * tile.slabs
+
+    weights = walked * iterations_ * tile.warps * warp_k * 16 * tile.bands / 128  # of a lane
+    matrix = columns * (1 + sums / tile.bands) / 8
+    folds = (4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0.0
+    instructions = (
+        decoder.instructions_per_weight
+        + matrix * (1 + 2.19)
+        + folds
+        + columns / (16 * tile.bands)
+        + 120 / (warp_k * tile.bands)
+    )
+    warps = tile.warps * per_sm / 4  # of a scheduler
+    issued = 0.713 * warps / (warps + 0.752)
+    arithmetic = weights * instructions / (gpu.cycles_per_us * issued)
+
+    extras = 2 * (1 + config.with_zeros) / group if group else 0.0
+    bytes_ = walked * 16 * tile.bands * config.K * (config.bits / 8 + extras)
+    ahead = warp_k * 2 * tile.bands * config.bits * tile.warps * per_sm / 1024  # KiB on their way
+    rate = gpu.bytes_per_us / gpu.multiprocessors * ahead / (ahead + 7.19)
+    reads = bytes_ / rate
+
+    staged = rows * config.K * 2 / 1024 * per_sm
+    partial = walked * tile.warps * tile.bands * columns
+    restaged = (tile.slabs - 1) * (0.53 if tile.buffers == 1 else 0.2)
+    body = (arithmetic**5.66 + reads**5.66) ** (1 / 5.66)
+    return 1.55 + body + 0.0074 * staged + restaged + 0.0042 * partial
 
 
 def launches(
@@ -121,16 +233,15 @@ def launches(
     input_scale: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
     tile: Tile | None = None,
-    early: bool = False,
 ) -> list[Launch]:
     """What computes out (m, N) = A (m, K) times the packed weight, transposed.
 
-    Operands as for bitblas.kernels.portable.matmul. early: W, scale and zeros were written before
-    the kernel that precedes this one in the stream, so that they may be read while it still runs.
+    Operands as for bitblas.kernels.portable.matmul.
     """
     m = A.shape[0]
     tile = tile or candidates(config, m)[0]
     tiles = -(-config.N // (16 * tile.bands))
+    aligned = config.K % 8 == 0 and A.data_ptr() % 16 == 0
     several = tile.slabs > 1 and tiles > tile.blocks  # slabs whose sums leave the registers
     parts = Workspace((m, config.N), torch.float32) if several else None
     arguments = {
@@ -146,10 +257,12 @@ def launches(
         "N": config.N,
         "K": config.K,
         "G": config.num_groups,
-        "EARLY": int(early),
+        "EARLY": Settled(),
     }
-    constants = _constants(config, tile, rows_of_a(m), scale is not None, zeros is not None)
-    options: dict[str, Any] = {"launch_pdl": True}
+    constants = _constants(
+        config, tile, rows_of_a(m), scale is not None, zeros is not None, aligned
+    )
+    options: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
     if tile.max_registers is not None:
         options["maxnreg"] = tile.max_registers
     from . import decode_kernels
@@ -162,10 +275,14 @@ def launches(
 
 @lru_cache(maxsize=4096)
 def _constants(
-    config: MatmulConfig, tile: Tile, rows: int, with_scale: bool, with_zeros: bool
+    config: MatmulConfig,
+    tile: Tile,
+    rows: int,
+    with_scale: bool,
+    with_zeros: bool,
+    aligned: bool,
 ) -> dict[str, Any]:
-    decoder = pair_decoder(config.format, config.A_dtype)
-    assert decoder is not None
+    decoder = _decoder(config)
     widths = [width for width, _ in planes(config.bits)]
     group = _group(config)
     steps = iterations(config, tile)
@@ -189,7 +306,7 @@ def _constants(
         "GROUPS_ALIGNED": config.num_groups % count == 0,
         "EXACT": config.K == steps * tile.warps * warp_k * tile.slabs,
         "ROWS_EXACT": config.N % (16 * tile.bands) == 0,
-        "VECTOR": 8 if config.K % 8 == 0 else 1,
+        "VECTOR": 8 if aligned else 1,
         "ROWS_A": rows,
         "WARPS": tile.warps,
         "BANDS": tile.bands,

@@ -1,8 +1,9 @@
 """Device code of the decode family: at most 16 rows of 16-bit A, weights read once, on Hopper.
 
-A block walks over row tiles of W. A is staged in shared memory; the weights go straight from global memory to registers, each lane holding the words of the
-units it will multiply next. K is split over the warps of a block, so between two tiles no warp
-waits for another: the only barriers are those of the sum over warps that ends a tile.
+A block walks over row tiles of W. A is staged in shared memory; the weights go straight from global
+memory to registers, each lane holding the words of the units it will multiply next. K is split over
+the warps of a block, so between two tiles no warp waits for another: the only barriers are those of
+the sum over warps that ends a tile.
 
     unit       UNIT_K values of k for the 16 * BANDS rows of a tile: what a warp decodes at a time
     iteration  DEPTH units of a warp, DEPTH being also how many units ahead it loads
@@ -20,7 +21,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 """
 
 # Gluon gives these functions' parameters their types.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -149,7 +150,7 @@ def take(x, INDEX: gl.constexpr):
 
 @gluon.jit
 def per_row(VALUES: gl.constexpr, WARPS: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """[WARPS, ROWS]: VALUES[0] in the first eight rows of every sixteen, VALUES[1] in the others."""
+    """[WARPS, ROWS]: VALUES[0] in the first eight rows of sixteen, VALUES[1] in the others."""
     row = gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT)).expand_dims(0)
     both = gl.where((row // 8) % 2 == 0, VALUES[0], VALUES[1])
     return both + gl.zeros([WARPS, ROWS], gl.float32, LAYOUT)
@@ -162,7 +163,7 @@ def ones_operand(
     """[WARPS, 16, 16]: a row operand whose product gives the sums of A.
 
     (row + M) >> 31 and (row + N) >> 31 are zero, which the compiler cannot know: it would rather
-    build the operand's four registers, two pairs of equal ones, anew before each use than keep them.
+    build the operand's four registers, two and two equal, anew before each use than keep them.
     """
     row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, dA))).expand_dims(0).expand_dims(2)
     both = gl.where((row // 8) % 2 == 0, ONE[0], ONE[1]).to(DTYPE)
@@ -373,7 +374,7 @@ def load_scales_and_zeros(
     ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr, COUNT: gl.constexpr,
     WARPS: gl.constexpr, BANDS: gl.constexpr, WARP_K: gl.constexpr,
 ):  # fmt: skip
-    """(scales, zeros) for COUNT groups of each warp, as they are stored; zeros where there are none."""
+    """(scales, zeros) for COUNT groups of each warp, as they are stored; 0 where there are none."""
     nothing = gl.zeros([WARPS, 16 * BANDS, COUNT], gl.int32, scales_layout(WARPS, BANDS, COUNT))
     if SCALE_KIND == "none":
         scale = nothing
@@ -465,18 +466,19 @@ def fold(
     """acc + the sums of raw products of one group, with everything that applies to the group.
 
     part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns]; scale, zero: [WARPS, rows],
-    float32.
+    as they are stored.
     """
     ROWS: gl.constexpr = 16 * BANDS
     SL: gl.constexpr = gl.SliceLayout(2, MMA)
     scale = gl.convert_layout(scale, SL, assert_trivial=True)
-    zero = gl.convert_layout(zero, SL, assert_trivial=True)
+    zero = gl.convert_layout(zero, SL, assert_trivial=True).to(gl.float32)
     if ZERO[0] != 1 or ZERO[1] != 1:
         zero = zero * per_row(ZERO, WARPS, ROWS, SL)
     offset = -per_row(SHIFT, WARPS, ROWS, SL)
     if ZEROS_KIND == "original" or ZEROS_KIND == "quantized":
         offset = zero if SHIFT[0] == 0 and SHIFT[1] == 0 else zero + offset
     if SCALE_KIND != "none":
+        scale = decode_scale(scale, SCALE_KIND)
         offset = offset * scale
     if ZEROS_KIND == "rescale":
         offset = offset + zero
@@ -526,7 +528,8 @@ def multiply_unit(
 
     part, sums: of the group that is not complete yet (without groups: of the row), acc: of the
     groups before. main, extra: words as load_plane returns them; b: [WARPS, UNIT_K, columns];
-    scales, zeros: [WARPS, rows, groups of an iteration]; ones: as ones_operand gives it. FIRST: the unit's first k in its iteration.
+    scales, zeros: [WARPS, rows, groups of an iteration]; ones: as ones_operand gives it. FIRST: the
+    unit's first k in its iteration.
     """
     ROWS: gl.constexpr = 16 * BANDS
     dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -565,11 +568,13 @@ def multiply_unit(
             operands = [words, gl.convert_layout(both, words.type.layout, assert_trivial=True)]
         if DTYPE == gl.float16:
             o = gl.inline_asm_elementwise(
-                ASM, CONSTRAINTS, operands, dtype=(gl.float16,) * (2 * 16 // WIDTH), is_pure=True, pack=2
+                ASM, CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // WIDTH), is_pure=True,
+                pack=2,
             )  # fmt: skip
         else:
             o = gl.inline_asm_elementwise(
-                ASM, CONSTRAINTS, operands, dtype=(gl.bfloat16,) * (2 * 16 // WIDTH), is_pure=True, pack=2
+                ASM, CONSTRAINTS, operands, dtype=(gl.bfloat16,) * (32 // WIDTH), is_pure=True,
+                pack=2,
             )  # fmt: skip
         bp = take(b, p)
         for t in gl.static_range(STEPS):
@@ -697,6 +702,7 @@ def decode_kernel(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )  # fmt: skip
+    dB: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     UNITS: gl.constexpr = ITERATIONS * DEPTH
     WARP_K: gl.constexpr = DEPTH * UNIT_K  # of a warp in an iteration
     STRIDE_K: gl.constexpr = WARPS * WARP_K
@@ -715,9 +721,11 @@ def decode_kernel(
         else gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]),
     )  # fmt: skip
 
-    let_next_kernel_start()
+    # Before what precedes is complete, only weights that it cannot have written may be read; the
+    # next kernel may do so because this one has waited.
     if EARLY == 0:
         wait_for_previous_kernel()
+    let_next_kernel_start()
     ones = ones_operand(M, N, ONE, A.dtype.element_ty, WARPS, gl.DotOperandLayout(0, MMA, 2))
     padded_k = (K + TILE_K - 1) // TILE_K * TILE_K
     tiles = (N + ROWS - 1) // ROWS
@@ -769,26 +777,28 @@ def decode_kernel(
                 acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
                 part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
                 sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
-            scales = decode_scale(scale, SCALE_KIND)
-            zeros = zero.to(gl.float32)
+            scales = scale
+            zeros = zero
             for i in range(ITERATIONS):
                 next_tile, next_k, more = successor(
                     slab, tile, i, tiles, SLABS, ITERATIONS, STRIDE_K
                 )  # fmt: skip
-                scales = decode_scale(scale, SCALE_KIND)
-                zeros = zero.to(gl.float32)
-                scale, zero = load_scales_and_zeros(
-                    SCALE, ZEROS, next_tile, next_k, N, G, more, BITS, SCALE_KIND, ZEROS_KIND,
-                    GROUP, GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
-                )  # fmt: skip
+                scales = scale
+                zeros = zero
                 pointers = iteration_pointers(
                     W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
                     DEPTH,
                 )  # fmt: skip
                 refilled = ()
                 for d in gl.static_range(DEPTH):
+                    if d == DEPTH // 2:  # half of this iteration's have served and free registers
+                        scale, zero = load_scales_and_zeros(
+                            SCALE, ZEROS, next_tile, next_k, N, G, more, BITS, SCALE_KIND,
+                            ZEROS_KIND, GROUP, GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS,
+                            BANDS, WARP_K,
+                        )  # fmt: skip
                     b = load_operand(
-                        a_smem, first_unit + i * DEPTH + d, ROWS_A == 1, gl.DotOperandLayout(1, MMA, 2)
+                        a_smem, first_unit + i * DEPTH + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
                         ring[d][0], ring[d][1], b, scales, zeros, ones, acc, part, sums,

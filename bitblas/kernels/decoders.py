@@ -1,8 +1,8 @@
 """PTX that turns packed words into operand registers of 16-bit matrix instructions.
 
-A decoder takes a *pair* of 32-bit words of the fragment layout (of the widest plane of the code; for
-3-bit codes also the word of the 1-bit plane that covers the same values) and writes the registers
-R = 4*step + 2*x + r3 that lie in them (bitblas.layouts.Fragment), two packed values each.
+A decoder takes a *pair* of 32-bit words of the fragment layout (of the widest plane of the code;
+for 3-bit codes also the word of the 1-bit plane that covers the same values) and writes the
+registers R = 4*step + 2*x + r3 that lie in them (bitblas.layouts.Fragment), two values each.
 
 What it writes is a raw value, to be corrected in the accumulator. With index r3, which says in
 which half of the 16 rows a register lies,
@@ -12,8 +12,8 @@ which half of the 16 rows a register lies,
 float16 codes stay where they are in the word, as subnormals (code * 2^-24; * 2^-20 for the second
 row half of 4-bit codes), and cost one logic instruction for two weights; bfloat16, whose products
 would underflow, gets 128 + code. Small floats move their fields into place and leave the exponent
-bias to `unit`; tables are read by byte permutes. Zero points and a non-zero `shift` need the sums of
-A over each group, which one more product per 16 k, with a row operand of `one`, provides.
+bias to `unit`; tables are read by byte permutes. Zero points and a non-zero `shift` need the sums
+of A over each group, which one more product per 16 k, with a row operand of `one`, provides.
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ class PairDecoder:
     one: tuple[float, float] = (-1.0, -1.0)
     shift: tuple[float, float] = (0.0, 0.0)
     zero: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def instructions_per_weight(self) -> float:
+        """Of a lane, register moves left out."""
+        lines = self.asm.strip("{} ").split(";")
+        count = sum(
+            1 for line in lines if line.strip() and line.split()[0][:4] not in ("mov.", ".reg")
+        )
+        return count / (2 * self.registers)
 
 
 @lru_cache(maxsize=256)

@@ -50,7 +50,8 @@ def matmul(
     operands = (A, W, scale, zeros, bias, input_scale, global_scale)
     addresses = [x.data_ptr() for x in (*operands, out) if x is not None]
     if reduce(or_, addresses) % 16 == 0:
-        _prepare(config, operands, A.shape[0]).run(addresses)
+        prepared = _prepare(config, operands, A.shape[0])
+        prepared.run(addresses, prepared.asks_settled and _settled(operands))
     else:
         execute(_launches(config, operands, out, A.shape[0], A.device), A.device)
 
@@ -78,8 +79,26 @@ def dequantize(
 
 
 def choose(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
-    """The family that serves m rows on a device, and its tile (None: the family's default)."""
-    return portable, plan.pick(config, m, device).get("tile")
+    """The family that serves m rows on a device, and its tile."""
+    return plan.pick(config, m, device)
+
+
+def _settled(operands: Operands) -> bool:
+    """Whether W, scale and zeros are, unchanged, those of W's last call (see launch.Settled)."""
+    W, scale, zeros = operands[1:4]
+    assert W is not None
+    try:
+        now = (
+            W._version,
+            None if scale is None else (scale.data_ptr(), scale._version),
+            None if zeros is None else (zeros.data_ptr(), zeros._version),
+        )
+    except RuntimeError:  # tensors made in inference mode do not count their changes
+        return False
+    if getattr(W, "_bitblas_last", None) == now:
+        return True
+    W._bitblas_last = now  # type: ignore[attr-defined]
+    return False
 
 
 def _launches(
@@ -180,7 +199,8 @@ class Call:
         A = operands[0]
         assert A is not None
         self._generation = cache.generation()
-        self._run = _prepare(config, operands, m).run
+        prepared = _prepare(config, operands, m)
+        self._run, self._asks_settled = prepared.run, prepared.asks_settled
         # empty_like takes half the time of torch.empty with a shape, a dtype and a device
         self._like = A.new_empty(1, dtype=config.torch_out_dtype).expand(*A.shape[:-1], config.N)
         self._tf32 = _tf32(config)
@@ -197,7 +217,7 @@ class Call:
             return None
         out = torch.empty_like(self._like)
         addresses.append(out.data_ptr())
-        self._run(addresses)
+        self._run(addresses, self._asks_settled and _settled(operands))
         return out
 
 

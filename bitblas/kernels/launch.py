@@ -40,6 +40,15 @@ class Counters:
     dtype = torch.int32
 
 
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """An int argument: 1 where W, scale and zeros are as they were in the last call with them.
+
+    Then a kernel that is started before the one ahead of it is done (launch_pdl) may read them at
+    once: whatever wrote them was complete before that last call's kernel ran. 0: it must wait.
+    """
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with everything it is started with.

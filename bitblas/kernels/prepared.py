@@ -16,7 +16,7 @@ import torch
 
 from . import driver
 from .compile import Source
-from .launch import Counters, Launch, Workspace
+from .launch import Counters, Launch, Settled, Workspace
 
 _ALL_ONES = (1 << 64) - 1
 # what a build of torch for the CPU lacks is not called there
@@ -47,10 +47,15 @@ class Prepared:
             (*arguments, *(x for pair in scratch for x in pair)), Workspace
         )
         self._counters = _distinct(arguments, Counters)
-        # what `run` gathers: the operands, workspaces, counters; then numbers that never change
+        flags = _distinct(arguments, Settled)
+        self.asks_settled = bool(flags)
+        # what `run` gathers: the operands, workspaces, counters, whether the weights are settled;
+        # then numbers that never change
         places: dict[Any, int] = {}
         for temporary in (*self._workspaces, *self._counters):
             places[temporary] = operands + len(places)
+        variable = operands + len(places) + 1
+        places |= dict.fromkeys(flags, variable - 1)
         self._numbers: list[int] = []
 
         def place(value: Any) -> int:
@@ -59,7 +64,7 @@ class Prepared:
             if value in places:
                 return places[value]
             self._numbers.append(value & _ALL_ONES)
-            return operands + len(places) + len(self._numbers) - 1
+            return variable + len(self._numbers) - 1
 
         self._steps: list[tuple[driver.Invocation, Callable[[Any], Any]]] = []
         for step, source, kernel, pointers in zip(steps, sources, kernels, scratch):
@@ -77,15 +82,15 @@ class Prepared:
             invocation = driver.Invocation(kernel, step.grid, len(slots), maps)
             self._steps.append((invocation, itemgetter(*slots)))
 
-    def run(self, addresses: list[int]) -> None:
-        """Start the launches on the device's current stream."""
+    def run(self, addresses: list[int], settled: bool = False) -> None:
+        """Start the launches on the device's current stream. settled: see launch.Settled."""
         if current_device() != self.index:
             with torch.cuda.device(self.index):
-                self._start(addresses)
+                self._start(addresses, settled)
         else:
-            self._start(addresses)
+            self._start(addresses, settled)
 
-    def _start(self, addresses: list[int]) -> None:
+    def _start(self, addresses: list[int], settled: bool) -> None:
         stream = current_stream(self.index)
         if self._workspaces or self._counters:
             held = [  # until the launches are in the stream, behind which the memory is reused
@@ -99,7 +104,7 @@ class Prepared:
                 for size in sizes:
                     addresses.append(start)
                     start += 4 * size
-        values = addresses + self._numbers
+        values = [*addresses, int(settled), *self._numbers]
         for invocation, slots in self._steps:
             invocation.start(stream, slots(values))
 
@@ -128,6 +133,8 @@ def _interpret(steps: list[Launch], device: torch.device) -> None:
             memory[value] = torch.empty(value.shape, dtype=value.dtype, device=device)
         if isinstance(value, Counters) and value not in memory:
             memory[value] = torch.zeros(value.size, dtype=value.dtype, device=device)
+        if isinstance(value, Settled):
+            return 0
         return memory[value] if isinstance(value, (Workspace, Counters)) else value
 
     for step in steps:
