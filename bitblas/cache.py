@@ -138,11 +138,22 @@ def read_entry(path: Path) -> tuple[MatmulConfig, Choices] | None:
         return None
 
 
+@cache
+def _shipped(device: str) -> dict[str, Choices]:
+    """The choices that come with the library, by problem key (benchmarks/ship_choices.py)."""
+    path = Path(__file__).parent / "shipped" / f"{device.replace(' ', '_')}.json"
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text())
+    return {key: {int(m): tile for m, tile in one.items()} for key, one in entries.items()}
+
+
 def recorded_choices(config: MatmulConfig, device: str) -> Choices:
-    """The kernel choices known for a config on a device: from this process, else the database."""
+    """The kernel choices known for a config on a device: of this process or the database, before
+    those that come with the library."""
     key = (config.problem_key, device)
     if key not in _choices:
-        known: Choices = {}
+        known = dict(_shipped(device).get(config.problem_key, {}))
         folder = _folder(get_database_path(), device)
         for path in sorted(folder.glob(f"{_digest(config.problem_key)}-*.json")):
             if entry := read_entry(path):

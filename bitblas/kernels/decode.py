@@ -40,7 +40,6 @@ class Tile:
     depth: int
     blocks: int
     slabs: int = 1
-    buffers: int = 1
     max_registers: int | None = None
     kernel: str = "decode"
 
@@ -112,7 +111,7 @@ def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
     rows = rows_of_a(m)
     iteration = tile.depth * tile.warps * tile.unit_k
     slab = iterations(config, tile) * iteration
-    return 2 * tile.buffers * slab * rows + 4 * tile.warps * rows * 16 * tile.bands
+    return 2 * slab * rows + 4 * tile.warps * rows * 16 * tile.bands
 
 
 # (warps, bands, bands * depth, blocks on a multiprocessor), by rows of A that a block stages: those
@@ -135,8 +134,7 @@ def _candidates(config: MatmulConfig, rows: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = [
         tile
         for warps, bands, units, per_sm in _SHAPES[rows]
-        for buffers in (1, 2)
-        if (tile := _fitting(config, rows, gpu, warps, bands, units // bands, per_sm, buffers))
+        if (tile := _fitting(config, rows, gpu, warps, bands, units // bands, per_sm))
     ]
     tiles = list(dict.fromkeys(tiles))
     return tuple(sorted(tiles, key=lambda tile: microseconds(config, rows, tile, gpu)))
@@ -150,32 +148,40 @@ def _fitting(
     bands: int,
     depth: int,
     per_sm: int,
-    buffers: int,
 ) -> Tile | None:
     """The tile with as few slabs of K as shared memory allows; None where that is none."""
     unit = smallest_unit(config)
     crowded = per_sm == 2 or warps == 16  # 128 registers in a thread
-    if crowded and rows == 16 and _decoder(config).instructions_per_weight > 1.5:
+    heavy = rows == 16 and _decoder(config).instructions_per_weight > 1.5
+    if crowded and heavy:
         return None  # spills
-    # registers of a lane, in fours, for an iteration's words and its groups' scales
+    # registers of a lane, in fours, for an iteration's words, and bytes for its groups' scales
+    most_words = 8 if crowded or (heavy and bands == 4) else 16
     words = len(planes(config.bits)) * bands
-    group, scale_bytes = _group(config), 2 if config.format.scale_encoding is None else 1
-    extras = scale_bytes * config.with_scaling
-    extras += config.with_zeros * (4 if config.zeros_mode == "quantized" else 2)
     while depth > 1 and (
-        depth * words > (8 if crowded else 16)
+        depth * words > most_words
         or warps * unit * depth > config.K
-        or (group and bands * extras * unit * depth // group > (16 if crowded else 32))
+        or bands * _scale_bytes(config, unit * depth) > (16 if crowded else 32)
     ):
         depth //= 2
     blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
     registers = 128 if per_sm == 2 else None
     slabs = -(-config.K // (warps * unit * depth))
-    for count in range(1 if buffers == 1 else 2, slabs + 1):
-        tile = Tile(warps, bands, unit, depth, blocks, count, buffers, registers)
+    for count in range(1, slabs + 1):
+        tile = Tile(warps, bands, unit, depth, blocks, count, registers)
         if shared_bytes(config, rows, tile) * per_sm <= SHARED_BYTES:
             return tile
     return None
+
+
+def _scale_bytes(config: MatmulConfig, k: int) -> float:
+    """Of the scales and zero points of a row's groups in k values of k, in registers."""
+    group = _group(config)
+    if not group:
+        return 0
+    each = (2 if config.format.scale_encoding is None else 1) * config.with_scaling
+    each += config.with_zeros * (4 if config.zeros_mode == "quantized" else 2)
+    return max(1, k // group) * each
 
 
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
@@ -183,7 +189,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
 
     The busiest multiprocessor decides. Its arithmetic and its reads overlap, but not wholly (a
     p-norm of both); staging A, the sums over warps and the start do not. The constants are a fit to
-    some 300 measurements on an H200 (benchmarks/results/h200_decode_tiles.csv).
+    445 measurements on an H200 (benchmarks/results/h200_decode_tiles.csv).
     """
     rows = rows_of_a(m)
     columns = 2 if rows == 16 else 1  # in units of 8
@@ -192,34 +198,39 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     group, warp_k = _group(config), tile.depth * tile.unit_k
     tiles = -(-config.N // (16 * tile.bands))
     per_sm = -(-tile.blocks // gpu.multiprocessors)
-    walked = -(-tiles // tile.blocks) * per_sm  # tiles of the busiest multiprocessor
-    iterations_ = iterations(config, tile) * tile.slabs
+    waves = -(-tiles // tile.blocks)
+    walked = waves * per_sm  # tiles of the busiest multiprocessor
+    steps = iterations(config, tile) * tile.slabs
 
-    weights = walked * iterations_ * tile.warps * warp_k * 16 * tile.bands / 128  # of a lane
-    matrix = columns * (1 + sums / tile.bands) / 8
-    folds = (4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0.0
-    instructions = (
+    instructions = (  # for a lane's weight
         decoder.instructions_per_weight
-        + matrix * (1 + 2.19)
-        + folds
+        + 3.76 * columns * (1 + sums / tile.bands) / 8  # matrix instructions
+        + ((4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0)
         + columns / (16 * tile.bands)
         + 120 / (warp_k * tile.bands)
     )
+    registers = (
+        45
+        + 4 * len(planes(config.bits)) * tile.bands * tile.depth
+        + columns * (8 * tile.bands + 4 * sums + 8)
+        + tile.bands * _scale_bytes(config, warp_k)
+        + (16 if decoder.instructions_per_weight > 1.5 else 0)
+    )
+    limit = 128 if per_sm == 2 or tile.warps == 16 else 255
+    instructions *= 1 + 0.63 * max(0, registers - limit) / 128
+    weights = walked * steps * tile.warps * warp_k * 16 * tile.bands / 128
     warps = tile.warps * per_sm / 4  # of a scheduler
-    issued = 0.713 * warps / (warps + 0.752)
-    arithmetic = weights * instructions / (gpu.cycles_per_us * issued)
+    arithmetic = weights * instructions / (gpu.cycles_per_us * 0.80 * warps / (warps + 0.73))
 
     extras = 2 * (1 + config.with_zeros) / group if group else 0.0
-    bytes_ = walked * 16 * tile.bands * config.K * (config.bits / 8 + extras)
-    ahead = warp_k * 2 * tile.bands * config.bits * tile.warps * per_sm / 1024  # KiB on their way
-    rate = gpu.bytes_per_us / gpu.multiprocessors * ahead / (ahead + 7.19)
-    reads = bytes_ / rate
+    read = walked * 16 * tile.bands * config.K * (config.bits / 8 + extras)
+    reads = read / (gpu.bytes_per_us / gpu.multiprocessors)
 
+    body = (arithmetic**3.64 + reads**3.64) ** (1 / 3.64)
     staged = rows * config.K * 2 / 1024 * per_sm
-    partial = walked * tile.warps * tile.bands * columns
-    restaged = (tile.slabs - 1) * (0.53 if tile.buffers == 1 else 0.2)
-    body = (arithmetic**5.66 + reads**5.66) ** (1 / 5.66)
-    return 1.55 + body + 0.0074 * staged + restaged + 0.0042 * partial
+    sums_over_warps = walked * tile.warps * tile.bands * columns
+    serial = 0.151 * waves * steps + 0.81 * (tile.slabs - 1)
+    return 1.43 + body + 0.0034 * staged + 0.0067 * sums_over_warps + serial
 
 
 def launches(
@@ -314,6 +325,5 @@ def _constants(
         "DEPTH": tile.depth,
         "ITERATIONS": steps,
         "SLABS": tile.slabs,
-        "BUFFERS": tile.buffers,
         "ONE_TILE": -(-config.N // (16 * tile.bands)) <= tile.blocks,
     }

@@ -431,18 +431,17 @@ def stage_units(
 
 @gluon.jit
 def stage_activations(
-    A, a_smem, first_unit, first_k, M, K,
-    UNITS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+    A, a_smem, first_k, M, K, UNITS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
     WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """Start copying a slab of A to shared memory, [UNITS, WARPS, ROWS, UNIT_K]; zero beyond K.
+    """A slab of A in shared memory, [UNITS, WARPS, ROWS, UNIT_K], zero beyond K.
 
     In few large copies, as tensors go in powers of two and a barrier precedes each but the first.
     """
     for i in gl.static_range(12):
         if UNITS & (2048 >> i) != 0:
             piece = reinterpret(
-                a_smem.index(first_unit + UNITS // (4096 >> i) * (4096 >> i)), a_smem.dtype,
+                a_smem.index(UNITS // (4096 >> i) * (4096 >> i)), a_smem.dtype,
                 [2048 >> i, WARPS, ROWS, UNIT_K], whole_layout(ROWS),
             )  # fmt: skip
             stage_units(
@@ -451,6 +450,8 @@ def stage_activations(
             )  # fmt: skip
     if VECTOR == 8:
         async_copy.commit_group()
+        async_copy.wait_group(0)
+    thread_barrier()
 
 
 # --- the product -----------------------------------------------------------------------------
@@ -684,15 +685,13 @@ def decode_kernel(
     GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
     VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
     WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, DEPTH: gl.constexpr,
-    ITERATIONS: gl.constexpr, SLABS: gl.constexpr, BUFFERS: gl.constexpr,
-    ONE_TILE: gl.constexpr,
+    ITERATIONS: gl.constexpr, SLABS: gl.constexpr, ONE_TILE: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N], M <= ROWS_A (1, 8 or 16). Grid: at most one block for each row tile of W.
 
     EARLY: whether the weights may be read before the previous kernel in the stream is complete.
     EXACT: K is a whole number of slabs; ROWS_EXACT: N of tiles. GROUPS_ALIGNED: a warp's scales of
     an iteration can be read at once. VECTOR: values of A that can be copied at once, 8 or 1.
-    BUFFERS: 2 for a second slab of A in shared memory, copied ahead.
     ONE_TILE: no block has more than one tile, so its sums stay in registers from slab to slab; else
     they go to PARTS, float32 (M, N). A thread reads there what it wrote itself, so the order of
     summation is always the same.
@@ -710,7 +709,7 @@ def decode_kernel(
     COUNT: gl.constexpr = WARP_K // GROUP if GROUP != 0 and GROUP < WARP_K else 1
 
     a_smem = gl.allocate_shared_memory(
-        A.dtype.element_ty, [BUFFERS * UNITS, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
+        A.dtype.element_ty, [UNITS, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
     )  # fmt: skip
     # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
     # the reads along rows meet in a bank
@@ -746,31 +745,13 @@ def decode_kernel(
     )  # fmt: skip
     wait_for_previous_kernel()
 
-    if BUFFERS == 2:
-        stage_activations(
-            A, a_smem, 0, 0, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR, EXACT
-        )  # fmt: skip
     acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
     part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
     sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
     for slab in range(SLABS):
-        first_unit = 0
-        if BUFFERS == 1:
-            stage_activations(
-                A, a_smem, 0, slab * SLAB_K, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR,
-                EXACT,
-            )  # fmt: skip
-            async_copy.wait_group(0)
-        else:  # the next slab is copied while this one is multiplied
-            first_unit = slab % 2 * UNITS
-            async_copy.wait_group(0)
-            thread_barrier()
-            if slab + 1 < SLABS:
-                stage_activations(
-                    A, a_smem, UNITS - first_unit, (slab + 1) * SLAB_K, M, K, UNITS, ROWS_A, DEPTH,
-                    WARPS, UNIT_K, VECTOR, EXACT,
-                )  # fmt: skip
-        thread_barrier()
+        stage_activations(
+            A, a_smem, slab * SLAB_K, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR, EXACT
+        )  # fmt: skip
         tile = first_tile
         while tile < tiles:
             if not ONE_TILE:
@@ -798,7 +779,7 @@ def decode_kernel(
                             BANDS, WARP_K,
                         )  # fmt: skip
                     b = load_operand(
-                        a_smem, first_unit + i * DEPTH + d, ROWS_A == 1, dB
+                        a_smem, i * DEPTH + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
                         ring[d][0], ring[d][1], b, scales, zeros, ones, acc, part, sums,
