@@ -120,7 +120,10 @@ def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
 _SHAPES = {
     1: ((8, 1, 4, 2), (8, 1, 8, 2), (8, 2, 4, 2), (8, 2, 8, 2), (8, 1, 16, 1), (8, 2, 16, 1)),
     8: ((8, 1, 4, 2), (8, 2, 8, 2), (8, 1, 16, 1), (8, 2, 16, 1), (16, 1, 8, 1), (16, 2, 8, 1)),
-    16: ((16, 1, 4, 1), (16, 2, 4, 1), (16, 2, 8, 1), (8, 2, 16, 1), (8, 4, 8, 1), (8, 4, 16, 1)),
+    16: (
+        *((16, 1, 4, 1), (16, 2, 4, 1), (16, 2, 8, 1)),
+        *((8, 1, 8, 1), (8, 2, 16, 1), (8, 4, 8, 1), (8, 4, 16, 1)),
+    ),
 }
 
 
@@ -164,13 +167,16 @@ def _fitting(
         or bands * _scale_bytes(config, unit * depth) > (16 if crowded else 32)
     ):
         depth //= 2
+    if bands > 1 and bands * _scale_bytes(config, unit * depth) > 48:
+        return None  # groups of a few values: spills
     blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
     registers = 128 if per_sm == 2 else None
-    slabs = -(-config.K // (warps * unit * depth))
-    for count in range(1, slabs + 1):
-        tile = Tile(warps, bands, unit, depth, blocks, count, registers)
-        if shared_bytes(config, rows, tile) * per_sm <= SHARED_BYTES:
-            return tile
+    while depth:
+        for slabs in range(1, -(-config.K // (warps * unit * depth)) + 1):
+            tile = Tile(warps, bands, unit, depth, blocks, slabs, registers)
+            if shared_bytes(config, rows, tile) * per_sm <= SHARED_BYTES:
+                return tile
+        depth //= 2
     return None
 
 
