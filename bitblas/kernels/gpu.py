@@ -6,6 +6,7 @@ the same kind, past the checks and torch's dispatcher.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import or_
@@ -28,6 +29,7 @@ Operands = tuple[torch.Tensor | None, ...]  # A, W, scale, zeros, bias, input_sc
 _MOST_KEPT = 4096  # kinds of calls; each a few KB
 _prepared: dict[Any, Prepared] = {}
 _generation = cache.generation()
+_last_calls: dict[int, tuple[Any, Any]] = {}  # id of W -> (weak reference to W, state of its last)
 
 
 def matmul(
@@ -51,7 +53,7 @@ def matmul(
     addresses = [x.data_ptr() for x in (*operands, out) if x is not None]
     if reduce(or_, addresses) % 16 == 0:
         prepared = _prepare(config, operands, A.shape[0])
-        prepared.run(addresses, prepared.asks_settled and _settled(operands))
+        prepared.run(addresses, prepared.asks_settled and _settled(operands, addresses))
     else:
         execute(_launches(config, operands, out, A.shape[0], A.device), A.device)
 
@@ -83,21 +85,29 @@ def choose(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleTy
     return plan.pick(config, m, device)
 
 
-def _settled(operands: Operands) -> bool:
-    """Whether W, scale and zeros are, unchanged, those of W's last call (see launch.Settled)."""
-    W, scale, zeros = operands[1:4]
+def _settled(operands: Operands, addresses: list[int]) -> bool:
+    """Whether W, scale and zeros are, unchanged, those of W's last call (see launch.Settled).
+
+    addresses: of the operands that there are, in their order.
+    """
+    _, W, scale, zeros, *_ = operands
     assert W is not None
+    end = 2
     try:
-        now = (
-            W._version,
-            None if scale is None else (scale.data_ptr(), scale._version),
-            None if zeros is None else (zeros.data_ptr(), zeros._version),
-        )
+        changes = W._version  # each only grows, so equal sums at equal addresses are equal parts
+        if scale is not None:
+            changes += scale._version
+            end += 1
+        if zeros is not None:
+            changes += zeros._version
+            end += 1
     except RuntimeError:  # tensors made in inference mode do not count their changes
         return False
-    if getattr(W, "_bitblas_last", None) == now:
+    key, now = id(W), [changes, *addresses[1:end]]
+    last = _last_calls.get(key)
+    if last is not None and last[1] == now and last[0]() is W:
         return True
-    W._bitblas_last = now  # type: ignore[attr-defined]
+    _last_calls[key] = (weakref.ref(W, lambda _: _last_calls.pop(key, None)), now)
     return False
 
 
@@ -217,7 +227,7 @@ class Call:
             return None
         out = torch.empty_like(self._like)
         addresses.append(out.data_ptr())
-        self._run(addresses, self._asks_settled and _settled(operands))
+        self._run(addresses, self._asks_settled and _settled(operands, addresses))
         return out
 
 
