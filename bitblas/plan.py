@@ -24,10 +24,9 @@ from .log import logger
 def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
     """The kernel family for m rows on a GPU, and its tile."""
     choices = cache.recorded_choices(config, cache.device_name(device))
-    measured = min((rows for rows in choices if m <= rows <= 2 * m), default=None)
-    if measured is not None:
-        family, tile = _recorded(choices[measured])
-        if family.serves(config, m, _architecture(device)):
+    for rows in sorted(choices):
+        family, tile = _recorded(choices[rows])
+        if _stands_for(family, rows, m) and family.serves(config, m, _architecture(device)):
             return family, tile
     return candidates(config, m, device)[0]
 
@@ -36,6 +35,14 @@ def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple
     """(family, tile) worth measuring for m rows, the one that should be the fastest first."""
     serving = [f for f in families() if f.serves(config, m, _architecture(device))]
     return [(family, tile) for family in serving for tile in _tiles(family, config, m, device)]
+
+
+def _stands_for(family: ModuleType, measured: int, m: int) -> bool:
+    """Whether a choice measured with so many rows is taken for m: up to half of them; those that
+    the decode family stages alike, so that a row's result does not depend on the batch."""
+    if family.__name__.endswith(".decode"):
+        return bool(family.rows_of_a(measured) == family.rows_of_a(m))
+    return m <= measured <= 2 * m
 
 
 @cached

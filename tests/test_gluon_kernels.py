@@ -18,12 +18,7 @@ SAMPLE = [  # activation, weight, zeros mode, group size, m: each decoder, one a
     ("float16", "e4m3_float8", None, 128, 4),
     ("bfloat16", "nvfp4", None, 16, 16),
 ]
-UNTUNED = pytest.mark.xfail(reason="its default tiles are not chosen yet; some spill")
-GLUON_FAMILIES = [
-    pytest.param(name, marks=[UNTUNED] if name == "decode" else [])
-    for name in compat.families()
-    if name != "portable"
-]
+GLUON_FAMILIES = [name for name in compat.families() if name != "portable"]
 needs_gluon = pytest.mark.skipif(
     versions.why_no_gluon() is not None, reason=f"no Gluon: {versions.why_no_gluon()}"
 )

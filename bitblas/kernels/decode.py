@@ -121,7 +121,7 @@ _SHAPES = {
     1: ((8, 1, 4, 2), (8, 1, 8, 2), (8, 2, 4, 2), (8, 2, 8, 2), (8, 1, 16, 1), (8, 2, 16, 1)),
     8: ((8, 1, 4, 2), (8, 2, 8, 2), (8, 1, 16, 1), (8, 2, 16, 1), (16, 1, 8, 1), (16, 2, 8, 1)),
     16: (
-        *((16, 1, 4, 1), (16, 2, 4, 1), (16, 2, 8, 1)),
+        *((16, 1, 4, 1), (16, 2, 4, 1)),
         *((8, 1, 8, 1), (8, 2, 16, 1), (8, 4, 8, 1), (8, 4, 16, 1)),
     ),
 }
@@ -156,8 +156,9 @@ def _fitting(
     unit = smallest_unit(config)
     crowded = per_sm == 2 or warps == 16  # 128 registers in a thread
     heavy = rows == 16 and _decoder(config).instructions_per_weight > 1.5
-    if crowded and heavy:
+    if (crowded and heavy) or (warps == 16 and bands == 2 and rows > 1 and unit > 64):
         return None  # spills
+    group, wide_scales = _group(config), config.format.scale_encoding is None
     # registers of a lane, in fours, for an iteration's words, and bytes for its groups' scales
     most_words = 8 if crowded or (heavy and bands == 4) else 16
     words = len(planes(config.bits)) * bands
@@ -165,9 +166,10 @@ def _fitting(
         depth * words > most_words
         or warps * unit * depth > config.K
         or bands * _scale_bytes(config, unit * depth) > (16 if crowded else 32)
+        or (rows == 16 and wide_scales and group and unit * depth > 4 * group)
     ):
         depth //= 2
-    if bands > 1 and bands * _scale_bytes(config, unit * depth) > 48:
+    if bands > 1 and bands * _scale_bytes(config, unit * depth) > 40:
         return None  # groups of a few values: spills
     blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
     registers = 128 if per_sm == 2 else None

@@ -29,7 +29,7 @@ Operands = tuple[torch.Tensor | None, ...]  # A, W, scale, zeros, bias, input_sc
 _MOST_KEPT = 4096  # kinds of calls; each a few KB
 _prepared: dict[Any, Prepared] = {}
 _generation = cache.generation()
-_last_calls: dict[int, tuple[Any, Any]] = {}  # id of W -> (weak reference to W, state of its last)
+_last_calls: dict[int, tuple[Any, ...]] = {}  # id of W -> what its last call was with
 
 
 def matmul(
@@ -53,7 +53,7 @@ def matmul(
     addresses = [x.data_ptr() for x in (*operands, out) if x is not None]
     if reduce(or_, addresses) % 16 == 0:
         prepared = _prepare(config, operands, A.shape[0])
-        prepared.run(addresses, prepared.asks_settled and _settled(operands, addresses))
+        prepared.run(addresses, prepared.asks_settled and _settled(operands))
     else:
         execute(_launches(config, operands, out, A.shape[0], A.device), A.device)
 
@@ -85,29 +85,34 @@ def choose(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleTy
     return plan.pick(config, m, device)
 
 
-def _settled(operands: Operands, addresses: list[int]) -> bool:
-    """Whether W, scale and zeros are, unchanged, those of W's last call (see launch.Settled).
+def _nothing() -> None:
+    """In place of a weak reference to an operand that is not there."""
 
-    addresses: of the operands that there are, in their order.
-    """
+
+def _settled(operands: Operands) -> bool:
+    """Whether W, scale and zeros are, unchanged, those of W's last call (see launch.Settled)."""
     _, W, scale, zeros, *_ = operands
     assert W is not None
-    end = 2
     try:
-        changes = W._version  # each only grows, so equal sums at equal addresses are equal parts
-        if scale is not None:
-            changes += scale._version
-            end += 1
-        if zeros is not None:
-            changes += zeros._version
-            end += 1
+        changes = (
+            W._version,
+            None if scale is None else scale._version,
+            None if zeros is None else zeros._version,
+        )
     except RuntimeError:  # tensors made in inference mode do not count their changes
         return False
-    key, now = id(W), [changes, *addresses[1:end]]
+    key = id(W)
     last = _last_calls.get(key)
-    if last is not None and last[1] == now and last[0]() is W:
-        return True
-    _last_calls[key] = (weakref.ref(W, lambda _: _last_calls.pop(key, None)), now)
+    if last is not None:
+        before, same_W, same_scale, same_zeros = last
+        if before == changes and same_W() is W and same_scale() is scale and same_zeros() is zeros:
+            return True
+    _last_calls[key] = (
+        changes,
+        weakref.ref(W, lambda _: _last_calls.pop(key, None)),
+        _nothing if scale is None else weakref.ref(scale),
+        _nothing if zeros is None else weakref.ref(zeros),
+    )
     return False
 
 
@@ -227,7 +232,7 @@ class Call:
             return None
         out = torch.empty_like(self._like)
         addresses.append(out.data_ptr())
-        self._run(addresses, self._asks_settled and _settled(operands, addresses))
+        self._run(addresses, self._asks_settled and _settled(operands))
         return out
 
 
