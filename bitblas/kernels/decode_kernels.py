@@ -399,7 +399,7 @@ def load_scales_and_zeros(
 
 @gluon.jit
 def stage_units(
-    A, target, first_k, M, K, valid, FIRST: gl.constexpr, COUNT: gl.constexpr,
+    A, target, first_k, M, K, FIRST: gl.constexpr, COUNT: gl.constexpr,
     ROWS: gl.constexpr, DEPTH: gl.constexpr, WARPS: gl.constexpr, UNIT_K: gl.constexpr,
     VECTOR: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
@@ -420,7 +420,7 @@ def stage_units(
     unit_k = unit // DEPTH * (WARPS * DEPTH * UNIT_K) + unit % DEPTH * UNIT_K
     # rows beyond A repeat the last one: columns of the product that are never stored
     pointer = (A + first_k) + (gl.minimum(m, M - 1) * K + k) + unit_k
-    mask = valid & gl.full([COUNT, WARPS, ROWS, UNIT_K], 1, gl.int1, L)
+    mask = gl.full([COUNT, WARPS, ROWS, UNIT_K], 1, gl.int1, L)
     if not EXACT:
         mask = mask & (first_k + k + unit_k < K)
     if VECTOR == 8:
@@ -431,23 +431,16 @@ def stage_units(
 
 @gluon.jit
 def stage_activations(
-    A, a_smem, first_k, M, K, UNITS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
-    WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr, EXACT: gl.constexpr,
+    A, a_smem, first_k, M, K, PIECES: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr,
+    DEPTH: gl.constexpr, WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr,
+    EXACT: gl.constexpr,
 ):  # fmt: skip
-    """A slab of A in shared memory, [UNITS, WARPS, ROWS, UNIT_K], zero beyond K.
-
-    In few large copies, as tensors go in powers of two and a barrier precedes each but the first.
-    """
-    for i in gl.static_range(12):
-        if UNITS & (2048 >> i) != 0:
-            piece = reinterpret(
-                a_smem.index(UNITS // (4096 >> i) * (4096 >> i)), a_smem.dtype,
-                [2048 >> i, WARPS, ROWS, UNIT_K], whole_layout(ROWS),
-            )  # fmt: skip
-            stage_units(
-                A, piece, first_k, M, K, True, UNITS // (4096 >> i) * (4096 >> i), 2048 >> i,
-                ROWS, DEPTH, WARPS, UNIT_K, VECTOR, EXACT,
-            )  # fmt: skip
+    """A slab of A in shared memory, [PIECES, COUNT units, WARPS, ROWS, UNIT_K]; zero beyond K."""
+    for piece in gl.static_range(PIECES):
+        stage_units(
+            A, a_smem.index(piece), first_k, M, K, piece * COUNT, COUNT, ROWS, DEPTH, WARPS, UNIT_K,
+            VECTOR, EXACT,
+        )  # fmt: skip
     if VECTOR == 8:
         async_copy.commit_group()
         async_copy.wait_group(0)
@@ -708,8 +701,11 @@ def decode_kernel(
     SLAB_K: gl.constexpr = ITERATIONS * STRIDE_K
     COUNT: gl.constexpr = WARP_K // GROUP if GROUP != 0 and GROUP < WARP_K else 1
 
+    # Tensors go in powers of two: a slab is copied in one piece if its units are one, else one for
+    # each iteration, with a barrier in between.
+    PIECES: gl.constexpr = 1 if UNITS & (UNITS - 1) == 0 else ITERATIONS
     a_smem = gl.allocate_shared_memory(
-        A.dtype.element_ty, [UNITS, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A)
+        A.dtype.element_ty, [PIECES, UNITS // PIECES, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
     )  # fmt: skip
     # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
     # the reads along rows meet in a bank
@@ -750,7 +746,8 @@ def decode_kernel(
     sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
     for slab in range(SLABS):
         stage_activations(
-            A, a_smem, slab * SLAB_K, M, K, UNITS, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR, EXACT
+            A, a_smem, slab * SLAB_K, M, K, PIECES, UNITS // PIECES, ROWS_A, DEPTH, WARPS, UNIT_K,
+            VECTOR, EXACT,
         )  # fmt: skip
         tile = first_tile
         while tile < tiles:
@@ -770,6 +767,11 @@ def decode_kernel(
                     W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
                     DEPTH,
                 )  # fmt: skip
+                units = reinterpret(
+                    a_smem.index(0 if PIECES == 1 else i), a_smem.dtype,
+                    [UNITS // PIECES, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A),
+                )  # fmt: skip
+                first_unit = i * DEPTH if PIECES == 1 else 0
                 refilled = ()
                 for d in gl.static_range(DEPTH):
                     if d == DEPTH // 2:  # half of this iteration's have served and free registers
@@ -779,7 +781,7 @@ def decode_kernel(
                             BANDS, WARP_K,
                         )  # fmt: skip
                     b = load_operand(
-                        a_smem, i * DEPTH + d, ROWS_A == 1, dB
+                        units, first_unit + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
                         ring[d][0], ring[d][1], b, scales, zeros, ones, acc, part, sums,
