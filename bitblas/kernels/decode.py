@@ -172,7 +172,7 @@ def _fitting(
     if bands > 1 and bands * _scale_bytes(config, unit * depth) > 40:
         return None  # groups of a few values: spills
     blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
-    registers = 128 if per_sm == 2 else None
+    registers = 128 if blocks > gpu.multiprocessors else None  # two blocks share one's registers
     while depth:
         for slabs in range(1, -(-config.K // (warps * unit * depth)) + 1):
             tile = Tile(warps, bands, unit, depth, blocks, slabs, registers)
