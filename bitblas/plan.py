@@ -26,7 +26,7 @@ def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType
     choices = cache.recorded_choices(config, cache.device_name(device))
     for rows in sorted(choices):
         family, tile = _recorded(choices[rows])
-        if _stands_for(family, rows, m) and family.serves(config, m, _architecture(device)):
+        if family.stands_for(rows, m) and family.serves(config, m, _architecture(device)):
             return family, tile
     return candidates(config, m, device)[0]
 
@@ -35,14 +35,6 @@ def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple
     """(family, tile) worth measuring for m rows, the one that should be the fastest first."""
     serving = [f for f in families() if f.serves(config, m, _architecture(device))]
     return [(family, tile) for family in serving for tile in _tiles(family, config, m, device)]
-
-
-def _stands_for(family: ModuleType, measured: int, m: int) -> bool:
-    """Whether a choice measured with so many rows is taken for m: up to half of them; those that
-    the decode family stages alike, so that a row's result does not depend on the batch."""
-    if family.__name__.endswith(".decode"):
-        return bool(family.rows_of_a(measured) == family.rows_of_a(m))
-    return m <= measured <= 2 * m
 
 
 @cached
@@ -54,15 +46,14 @@ def families() -> tuple[ModuleType, ...]:
 
 
 def _tiles(family: ModuleType, config: MatmulConfig, m: int, device: torch.device) -> list[Any]:
-    if family.__name__.endswith(".decode"):
-        return family.candidates(config, m, _gpu(device))
-    return family.candidates(config, m)
+    from .kernels import decode
+
+    more = (_gpu(device),) if family is decode else ()
+    return list(family.candidates(config, m, *more))
 
 
 def _recorded(choice: dict[str, Any]) -> tuple[ModuleType, Any]:
-    from .kernels import decode, portable
-
-    family = decode if choice["kernel"] == "decode" else portable
+    family = next(family for family in families() if choice["kernel"] in family.KERNELS)
     return family, family.Tile(**choice)
 
 

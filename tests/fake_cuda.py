@@ -85,4 +85,3 @@ def install(monkeypatch, cuda, arch: int = 90, stream: int = 7) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(prepared, "_kernels", {})
-    monkeypatch.setattr(prepared, "_counters", {})

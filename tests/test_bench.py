@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from bitblas import plan
 from bitblas.bench import cases, chain, measure, peers, plot, timing
 from bitblas.bench.report import COLUMNS
 from bitblas.cli import main
@@ -228,9 +229,11 @@ def test_groups_are_the_usual_ones_of_each_format():
 @pytest.mark.parametrize("m", [1, 100])
 def test_kernels_are_named_by_family_and_tile(monkeypatch, m):
     pytest.importorskip("triton")
-    from bitblas.kernels import gpu, portable
+    from bitblas.kernels import portable
 
-    monkeypatch.setattr(gpu, "choose", lambda config, m, device: (portable, None))
+    monkeypatch.setattr(
+        plan, "pick", lambda config, m, device: (portable, portable.candidates(config, m)[0])
+    )
     operator = Matmul(cases.make_config("uint4", "float16", 256, 512), target="cuda -arch=sm_90")
     device = torch.device("cuda")
     [(name, _)] = measure.our_products(operator, m, device, all_tiles=False)

@@ -19,7 +19,8 @@ if not torch.cuda.is_available():
 
 from decode_cases import COMBINATIONS, ROWS, Product, Repeated, drawn, fits
 
-from bitblas.kernels import decode, gpu
+from bitblas import plan
+from bitblas.kernels import decode
 from bitblas.kernels.decode import Tile
 from bitblas.kernels.prepared import Prepared
 
@@ -69,7 +70,7 @@ def called(problem: Problem) -> torch.Tensor:
     """The product through the public operator, twice: the second call repeats the first."""
     matmul = bitblas.Matmul(problem.config)
     W = matmul.transform_weight(logical_weight(problem))
-    family, _ = gpu.choose(problem.config, problem.A.shape[0], W.device)
+    family, _ = plan.pick(problem.config, problem.A.shape[0], W.device)
     assert family is decode
     first = matmul(problem.A, W, **problem.extras())
     assert torch.equal(matmul(problem.A, W, **problem.extras()), first)

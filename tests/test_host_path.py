@@ -17,10 +17,10 @@ from problems import draw, relative_error, tolerance
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitblas
-from bitblas import cache
+from bitblas import cache, plan
 from bitblas import matmul as matmul_module
 from bitblas.kernels import driver, gpu, portable, prepared
-from bitblas.kernels.launch import Counters, Launch, Workspace
+from bitblas.kernels.launch import Launch, Workspace
 
 if torch.cuda.is_available():
     pytest.skip("CPU tensors stand in for the GPU's", allow_module_level=True)
@@ -36,7 +36,7 @@ def cuda(monkeypatch):
     fake = FakeCuda()
     install(monkeypatch, fake)
     monkeypatch.setattr(matmul_module, "prepare", gpu.prepare)
-    monkeypatch.setattr(gpu, "choose", lambda config, m, device: (portable, None))
+    monkeypatch.setattr(plan, "pick", lambda config, m, device: (portable, None))
     monkeypatch.setattr(gpu, "_prepared", {})
     return fake
 
@@ -122,7 +122,7 @@ def test_leading_dimensions_are_kept(cuda, seed):
 
 def test_split_k_shares_a_workspace_between_its_steps(cuda, seed, monkeypatch):
     tile = portable.Tile("gemm", 16, 64, 64, 4, 3, split_k=2)
-    monkeypatch.setattr(gpu, "choose", lambda config, m, device: (portable, tile))
+    monkeypatch.setattr(plan, "pick", lambda config, m, device: (portable, tile))
     repeated = Repeated(seed, m=20)
     out = repeated()
     first, second = cuda.launched
@@ -231,7 +231,7 @@ def test_subclasses_are_dispatched(repeated, cuda):
 def test_new_choices_are_used(repeated, cuda, monkeypatch):
     repeated()
     tile = portable.Tile("gemm", 16, 64, 64, 4, 3)
-    monkeypatch.setattr(gpu, "choose", lambda config, m, device: (portable, tile))
+    monkeypatch.setattr(plan, "pick", lambda config, m, device: (portable, tile))
     repeated()
     assert cuda.launched[0].grid == cuda.launched[1].grid
     cache.choices_changed()
@@ -312,25 +312,6 @@ def steps_with(**arguments):
         1,
     )
     return launch, out
-
-
-def test_counters_are_one_buffer_for_each_stream(cuda, monkeypatch):
-    launch, out = steps_with(PARTS=Workspace((2, 2, 8), torch.float32), BIAS=Counters(5))
-    for stream in (7, 7, 8):
-        monkeypatch.setattr(prepared, "current_stream", lambda device, stream=stream: stream)
-        prepared.execute([launch], out.device)
-    one, two, three = [x.values[2] for x in cuda.launched]
-    assert one == two != three
-    assert {key[1] for key in prepared._counters} == {7, 8}
-    assert all(not x.any() and x.numel() >= 5 for x in prepared._counters.values())
-
-
-def test_a_graph_has_counters_of_its_own(cuda, monkeypatch):
-    launch, out = steps_with(PARTS=Workspace((2, 2, 8), torch.float32), BIAS=Counters(5))
-    prepared.execute([launch], out.device)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    prepared.execute([launch], out.device)
-    assert cuda.launched[0].values[2] != cuda.launched[1].values[2]
 
 
 def test_unaligned_pointers_are_another_kernel():

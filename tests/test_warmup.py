@@ -10,7 +10,7 @@ from layers import make_layer
 from problems import draw
 
 import bitblas
-from bitblas import precompile
+from bitblas import plan, precompile
 from bitblas.kernels import compile as compiler
 from bitblas.kernels import gpu, portable, worker
 
@@ -28,7 +28,7 @@ def cold(monkeypatch, tmp_path):
 @pytest.fixture
 def planned(monkeypatch):
     """Products are planned for a GPU that need not be there."""
-    monkeypatch.setattr(gpu, "choose", lambda config, m, device: (portable, None))
+    monkeypatch.setattr(plan, "pick", lambda config, m, device: (portable, None))
     monkeypatch.setattr(portable, "_roomy", lambda: True)
 
 

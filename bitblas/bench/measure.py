@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import plan
 from ..config import MatmulConfig
 from ..matmul import Matmul
 from ..operands import input_features
@@ -52,13 +53,10 @@ def our_products(
 
     if device.type == "cpu":
         return [("bitblas", served)]
-    from ..kernels import gpu
-
     config = operator.config
     if all_tiles:
         return _tiles(config, m, device)
-    family, tile = gpu.choose(config, m, device)
-    return [(_tile_name(family, tile or family.candidates(config, m)[0]), served)]
+    return [(_tile_name(*plan.pick(config, m, device)), served)]
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ class TileProduct:
 
 def _tiles(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[str, TileProduct]]:
     """The tiles of the family that serves a call, and of the portable one, which serves any."""
-    from ..kernels import gpu, portable
+    from ..kernels import portable
 
-    families = dict.fromkeys((gpu.choose(config, m, device)[0], portable))
+    families = dict.fromkeys((plan.pick(config, m, device)[0], portable))
     return [
         (_tile_name(family, tile), TileProduct(config, device, family, tile))
         for family in families

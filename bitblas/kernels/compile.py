@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .driver import Binary
-from .launch import Counters, Launch, Settled, Workspace
+from .launch import Launch, Settled, Workspace
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -81,7 +81,7 @@ class Source:
         }
         for index, name in enumerate(function.arg_names):
             value = launch.arguments.get(name, launch.constants.get(name))
-            if isinstance(value, (torch.Tensor, Workspace, Counters)):
+            if isinstance(value, (torch.Tensor, Workspace)):
                 self.signature[name] = _POINTERS[value.dtype]
                 if not isinstance(value, torch.Tensor) or value.data_ptr() % 16 == 0:
                     self.attributes[(index,)] = _ALIGNED

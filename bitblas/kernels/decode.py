@@ -20,6 +20,7 @@ from .decoders import PairDecoder, pair_decoder
 from .launch import Launch, Settled, Workspace
 from .versions import gluon_available
 
+KERNELS = ("decode",)
 MAX_ROWS = 16
 SHARED_BYTES = 227 * 1024  # of a block, on Hopper
 # whether kernels start before the one ahead of them in the stream is complete
@@ -125,6 +126,12 @@ _SHAPES = {
         *((8, 1, 8, 1), (8, 2, 16, 1), (8, 4, 8, 1), (8, 4, 16, 1)),
     ),
 }
+
+
+def stands_for(measured: int, m: int) -> bool:
+    """Whether a tile measured with so many rows is taken for m: where A is staged alike, so that a
+    row's result does not depend on the batch."""
+    return rows_of_a(measured) == rows_of_a(m)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from operator import or_
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -80,11 +79,6 @@ def dequantize(
     known.run(addresses)
 
 
-def choose(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
-    """The family that serves m rows on a device, and its tile."""
-    return plan.pick(config, m, device)
-
-
 def _nothing() -> None:
     """In place of a weak reference to an operand that is not there."""
 
@@ -119,7 +113,7 @@ def _settled(operands: Operands) -> bool:
 def _launches(
     config: MatmulConfig, operands: Operands, out: torch.Tensor, m: int, device: torch.device
 ) -> list[Launch]:
-    family, tile = choose(config, m, device)
+    family, tile = plan.pick(config, m, device)
     A, W, *extras = operands
     steps: list[Launch] = family.launches(config, A, W, out, *extras, tile)
     return steps

@@ -2,14 +2,16 @@
 
 A family (portable, decode, ...) is a module with
 
+    KERNELS: the values of its tiles' field `kernel`
     serves(config, m, arch) -> bool
+    stands_for(measured, m) -> whether a tile measured with so many rows is taken for m
     candidates(config, m, ...) -> list of tiles, the first being the default
     launches(config, A, W, out, scale, zeros, bias, input_scale, global_scale, tile) -> list[Launch]
 
 `launches` describes and allocates nothing: it is also called with tensors on the meta device, to
 compile without a GPU and to prepare the calls that follow. A Launch's arguments are the operands
 themselves (or views of them), Gluon's tensor descriptors of them, ints, None, and the placeholders
-Workspace and Counters.
+Workspace and Settled.
 """
 
 from __future__ import annotations
@@ -26,18 +28,6 @@ class Workspace:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Counters:
-    """`size` int32 that are zero when a kernel starts and that it leaves at zero.
-
-    One buffer serves all calls of a stream, so a kernel that is started before the one ahead of it
-    is done (launch_pdl) may touch its counters only after waiting for it.
-    """
-
-    size: int
-    dtype = torch.int32
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from . import portable_kernels as kernels
 from .launch import Launch, Workspace
 from .prepared import execute
 
+KERNELS = ("gemv", "gemm")
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
@@ -77,6 +78,11 @@ def dequantize(
 ) -> None:
     """out (N, K), float16, bfloat16 or float32: the weight in float32, rounded once."""
     execute([dequantize_launch(config, W, out, scale, zeros, global_scale)], W.device)
+
+
+def stands_for(measured: int, m: int) -> bool:
+    """Whether a tile measured with so many rows is taken for m."""
+    return m <= measured <= 2 * m
 
 
 def candidates(config: MatmulConfig, m: int, roomy: bool | None = None) -> list[Tile]:

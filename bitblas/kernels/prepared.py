@@ -16,13 +16,12 @@ import torch
 
 from . import driver
 from .compile import Source
-from .launch import Counters, Launch, Settled, Workspace
+from .launch import Launch, Settled, Workspace
 
 _ALL_ONES = (1 << 64) - 1
 # what a build of torch for the CPU lacks is not called there
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None)  # type: ignore[assignment]
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
-_counters: dict[tuple[int, int], torch.Tensor] = {}  # (device, stream) -> zeros
 _kernels: dict[tuple[str, int], driver.Kernel] = {}  # (Source.key, device)
 
 
@@ -46,14 +45,13 @@ class Prepared:
         self._workspaces = _distinct(
             (*arguments, *(x for pair in scratch for x in pair)), Workspace
         )
-        self._counters = _distinct(arguments, Counters)
         flags = _distinct(arguments, Settled)
         self.asks_settled = bool(flags)
-        # what `run` gathers: the operands, workspaces, counters, whether the weights are settled;
-        # then numbers that never change
+        # what `run` gathers: the operands, workspaces, whether the weights are settled; then
+        # numbers that never change
         places: dict[Any, int] = {}
-        for temporary in (*self._workspaces, *self._counters):
-            places[temporary] = operands + len(places)
+        for workspace in self._workspaces:
+            places[workspace] = operands + len(places)
         variable = operands + len(places) + 1
         places |= dict.fromkeys(flags, variable - 1)
         self._numbers: list[int] = []
@@ -92,18 +90,11 @@ class Prepared:
 
     def _start(self, addresses: list[int], settled: bool) -> None:
         stream = current_stream(self.index)
-        if self._workspaces or self._counters:
+        if self._workspaces:
             held = [  # until the launches are in the stream, behind which the memory is reused
                 torch.empty(x.shape, dtype=x.dtype, device=self._device) for x in self._workspaces
             ]
             addresses = addresses + [x.data_ptr() for x in held]
-            if self._counters:
-                sizes = [-(-x.size // 4) * 4 for x in self._counters]
-                held.append(_zeroed(sum(sizes), self._device, stream))
-                start = held[-1].data_ptr()
-                for size in sizes:
-                    addresses.append(start)
-                    start += 4 * size
         values = [*addresses, int(settled), *self._numbers]
         for invocation, slots in self._steps:
             invocation.start(stream, slots(values))
@@ -131,11 +122,9 @@ def _interpret(steps: list[Launch], device: torch.device) -> None:
     def resolve(value: Any) -> Any:
         if isinstance(value, Workspace) and value not in memory:
             memory[value] = torch.empty(value.shape, dtype=value.dtype, device=device)
-        if isinstance(value, Counters) and value not in memory:
-            memory[value] = torch.zeros(value.size, dtype=value.dtype, device=device)
         if isinstance(value, Settled):
             return 0
-        return memory[value] if isinstance(value, (Workspace, Counters)) else value
+        return memory[value] if isinstance(value, Workspace) else value
 
     for step in steps:
         step.function[step.grid](
@@ -171,14 +160,3 @@ def _scratch(binary: driver.Binary, step: Launch) -> list[Workspace | int]:
 
 def _distinct(values: Iterable[Any], kind: type) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(x for x in values if isinstance(x, kind)))
-
-
-def _zeroed(size: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Counters: the stream's own, or, for a graph, which may run beside the stream, new ones."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    known = _counters.get((device.index, stream))
-    if known is None or known.numel() < size:
-        known = torch.zeros(max(size, 4096), dtype=torch.int32, device=device)
-        _counters[device.index, stream] = known
-    return known

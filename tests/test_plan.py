@@ -1,0 +1,62 @@
+"""What the plan takes on a GPU that is not here: recorded choices, shipped ones, families."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bitblas import MatmulConfig, cache, plan
+from bitblas.kernels import decode, portable
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    monkeypatch.setattr(cache, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(plan, "_architecture", lambda device: 90)
+    monkeypatch.setattr(plan, "_gpu", lambda device: decode.GPU())
+
+
+def product(N, K, **fields):
+    zeros = {"with_scaling": True, "with_zeros": True, "zeros_mode": "original"}
+    return MatmulConfig(
+        N=N, K=K, A_dtype="float16", W_dtype="uint4", group_size=128, **zeros, **fields
+    )
+
+
+def test_a_shipped_choice_serves_all_rows_that_are_staged_alike(h200):
+    config = product(8192, 8192)
+    shipped = cache.recorded_choices(config, "NVIDIA H200")
+    for measured, rows in ((8, range(2, 9)), (16, range(9, 17))):
+        for m in rows:
+            assert plan.pick(config, m, DEVICE) == (decode, decode.Tile(**shipped[measured]))
+
+
+def test_without_a_choice_the_cost_model_decides(h200):
+    config = product(5120, 3072)
+    assert not cache.recorded_choices(config, "NVIDIA H200")
+    for m in (1, 5, 16):
+        assert plan.pick(config, m, DEVICE) == (decode, decode.candidates(config, m)[0])
+    assert plan.pick(config, 17, DEVICE) == (portable, portable.candidates(config, 17)[0])
+
+
+def test_a_recorded_portable_tile_serves_down_to_half_its_rows(h200, monkeypatch):
+    config = product(5120, 3072)
+    tile = portable.candidates(config, 64)[1]
+    monkeypatch.setattr(cache, "recorded_choices", lambda *_: {64: dataclasses.asdict(tile)})
+    assert tile != portable.candidates(config, 64)[0]
+    assert plan.pick(config, 64, DEVICE) == plan.pick(config, 32, DEVICE) == (portable, tile)
+    assert plan.pick(config, 31, DEVICE)[1] == portable.candidates(config, 31)[0]
+    assert plan.pick(config, 65, DEVICE)[1] == portable.candidates(config, 65)[0]
+
+
+def test_a_recorded_decode_tile_is_not_taken_where_the_family_does_not_serve(h200, monkeypatch):
+    config = product(5120, 3072)
+    tile = decode.candidates(config, 16)[-1]
+    monkeypatch.setattr(cache, "recorded_choices", lambda *_: {16: dataclasses.asdict(tile)})
+    assert plan.pick(config, 9, DEVICE) == (decode, tile)
+    monkeypatch.setattr(plan, "_architecture", lambda device: 80)
+    assert plan.pick(config, 9, DEVICE)[0] is portable
