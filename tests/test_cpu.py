@@ -181,10 +181,14 @@ def test_nan_and_extreme_scales(a: str, w: str, m: int) -> None:
     problem.scale[7] = min(torch.finfo(problem.scale.dtype).max, 1e33)
     problem.scale[8] = torch.finfo(problem.scale.dtype).tiny
     out, expected = run(problem), problem.reference()
+    weight = reference.dequantize(problem.config, problem.codes, problem.scale)
     assert out[:, 3].isnan().all() and not out[:, :3].isnan().any()
     for row in (7, 8):
         fits = expected[:, row].abs() < torch.finfo(torch.float32).max
-        assert relative_error(out[fits, row], expected[fits, row]) < 1e-5
+        error = (out[fits, row].double() - expected[fits, row]).abs()
+        # a sum can cancel to a small part of its terms, which are what float32 rounds
+        terms = problem.A[fits].double().abs() @ weight[row].abs()
+        assert (error <= 1e-6 * terms).all(), (error / terms).max()
 
 
 @pytest.mark.parametrize("m", [1, 9])
