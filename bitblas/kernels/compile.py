@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .driver import Binary
-from .launch import Launch, Settled, Workspace
+from .launch import Launch, Settled, Varying, Workspace
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -88,7 +88,7 @@ class Source:
             elif value is None or name in launch.constants:
                 self.signature[name] = "constexpr"
                 self.constants[name] = value
-            elif isinstance(value, Settled):
+            elif isinstance(value, (Settled, Varying)):
                 self.signature[name] = "i32"
             elif isinstance(value, int):
                 self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"

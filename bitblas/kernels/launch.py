@@ -11,7 +11,7 @@ A family (portable, decode, ...) is a module with
 `launches` describes and allocates nothing: it is also called with tensors on the meta device, to
 compile without a GPU and to prepare the calls that follow. A Launch's arguments are the operands
 themselves (or views of them), Gluon's tensor descriptors of them, ints, None, and the placeholders
-Workspace and Settled.
+Workspace, Settled and Varying.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ class Settled:
     Then a kernel that is started before the one ahead of it is done (launch_pdl) may read them at
     once: whatever wrote them was complete before that last call's kernel ran. 0: it must wait.
     """
+
+
+@dataclass(frozen=True, eq=False)
+class Varying:
+    """An int argument that each call gives anew, as it does the addresses of its operands."""
+
+    value: int  # of this call, where there is just one
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from . import driver
 from .compile import Source
-from .launch import Launch, Settled, Workspace
+from .launch import Launch, Settled, Varying, Workspace
 
 _ALL_ONES = (1 << 64) - 1
 # what a build of torch for the CPU lacks is not called there
@@ -33,9 +33,10 @@ class Prepared:
         steps: Sequence[Launch],
         device: torch.device,
         operands: int,
-        position: Callable[[torch.Tensor], int],
+        position: Callable[[Any], int],
     ) -> None:
-        """operands: how many addresses `run` takes; position: which of them a tensor's is."""
+        """operands: how many addresses `run` takes, and values of Varying among them; position:
+        which of them a tensor's or a Varying's is."""
         self.index = current_device() if device.index is None else device.index
         self._device = torch.device(device.type, self.index)
         sources = [Source(step) for step in steps]
@@ -57,7 +58,7 @@ class Prepared:
         self._numbers: list[int] = []
 
         def place(value: Any) -> int:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, (torch.Tensor, Varying)):
                 return position(value)
             if value in places:
                 return places[value]
@@ -109,10 +110,10 @@ def execute(steps: Iterable[Launch], device: torch.device) -> None:
         _interpret(steps, device)
         return
     values = [getattr(x, "base", x) for step in steps for x in step.arguments.values()]
-    tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    order = {id(x): i for i, x in enumerate(tensors)}
-    prepared = Prepared(steps, device, len(tensors), lambda x: order[id(x)])
-    prepared.run([x.data_ptr() for x in tensors])
+    given = [x for x in values if isinstance(x, (torch.Tensor, Varying))]
+    order = {id(x): i for i, x in enumerate(given)}
+    prepared = Prepared(steps, device, len(given), lambda x: order[id(x)])
+    prepared.run([x.value if isinstance(x, Varying) else x.data_ptr() for x in given])
 
 
 def _interpret(steps: list[Launch], device: torch.device) -> None:
@@ -124,6 +125,8 @@ def _interpret(steps: list[Launch], device: torch.device) -> None:
             memory[value] = torch.empty(value.shape, dtype=value.dtype, device=device)
         if isinstance(value, Settled):
             return 0
+        if isinstance(value, Varying):
+            return value.value
         return memory[value] if isinstance(value, Workspace) else value
 
     for step in steps:

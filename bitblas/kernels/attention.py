@@ -1,0 +1,276 @@
+"""Launcher of the attention kernels: 16-bit and quantised caches on every GPU from sm_80 up.
+
+`tile_for` says how a problem is cut, `launches` what to start, `run` starts it. Keys come as
+[batch, tokens, heads, dim] whatever their layout in memory, which the strides tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from . import attention_kernels as kernels
+from .launch import Launch, Varying, Workspace
+from .prepared import Prepared, architecture, current_device, execute
+
+MOST_DIM = 256
+_KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+_MOST_KEPT = 4096  # prepared calls
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block computes: block_m rows, block_n keys at a time, of one of `splits` parts."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    kernel: str = "many"  # or "few"
+    registers: int = 0  # of a thread, at most; 0: what the compiler takes
+
+
+class Operands(NamedTuple):
+    """Checked operands of a call. K, V: int4 codes have dim / 2 bytes. scales, zeros: [batch,
+    tokens, heads], with equal strides for scale and zeros. lengths: [batch] int32 or int64."""
+
+    Q: torch.Tensor
+    K: torch.Tensor
+    V: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    k_zeros: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    v_zeros: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
+def launches(
+    operands: Operands,
+    out: torch.Tensor,
+    causal: bool,
+    tile: Tile,
+    arch: int,
+    k_len: int | Varying | None = None,
+) -> list[Launch]:
+    """out [batch, q_len, heads, dim] = softmax(Q K^T / sqrt(dim)) V."""
+    Q, K, V, k_scale, k_zeros, v_scale, v_zeros, lengths = operands
+    batch, q_len, heads, dim = Q.shape
+    kv_heads = V.shape[2]
+    group = heads // kv_heads
+    tiles = -(-group * q_len // tile.block_m)
+    units = {name: _unit(x) for name, x in (("Q", Q), ("K", K), ("V", V))}
+    dim_major = K.stride(3) == 1
+    parts, lse = out, None
+    if tile.splits > 1:
+        parts = Workspace((tile.splits, batch, q_len, heads, dim), torch.float32)  # type: ignore[assignment]
+        lse = Workspace((tile.splits, batch, q_len, heads), torch.float32)
+        rows = batch * q_len * heads
+        o_strides = (rows * dim, q_len * heads * dim, heads * dim, dim)
+    else:
+        o_strides = (0, *_strides(out)[:3])
+    q_strides, k_strides, v_strides = (
+        [stride // units[name] for stride in _strides(x)]
+        for name, x in (("Q", Q), ("K", K), ("V", V))
+    )
+    arguments: dict[str, Any] = {
+        "Q": Q, "K": _bytes(K), "V": _bytes(V), "OUT": parts,
+        "K_SCALE": k_scale, "K_ZEROS": k_zeros, "V_SCALE": v_scale, "V_ZEROS": v_zeros,
+        "LENGTHS": lengths, "LSE": lse,
+        "q_len": q_len, "k_len": K.shape[1] if k_len is None else k_len, "tiles": tiles,
+        **dict(zip(("q_batch", "q_token", "q_head"), q_strides)),
+        **dict(zip(("k_batch", "k_token", "k_head", "k_dim"), k_strides)),
+        **dict(zip(("v_batch", "v_token", "v_head"), v_strides)),
+        **dict(zip(("ks_batch", "ks_token", "ks_head"), _strides(k_scale))),
+        **dict(zip(("vs_batch", "vs_token", "vs_head"), _strides(v_scale))),
+        **dict(zip(("o_split", "o_batch", "o_token", "o_head"), o_strides)),
+    }  # fmt: skip
+    padded = max(32, 1 << (dim - 1).bit_length())
+    constants = {
+        "SCALE": math.log2(math.e) / math.sqrt(dim), "GROUP": group, "KV_HEADS": kv_heads,
+        "DIM": dim, "D": padded, "CAUSAL": causal,
+        "K_KIND": kind_of(K, Q), "V_KIND": kind_of(V, Q),
+        "UNIT_Q": units["Q"], "UNIT_K": units["K"], "UNIT_V": units["V"],
+        "K_DIM_MAJOR": dim_major, "SPLITS": tile.splits,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PEEL": tile.block_m > 16,
+        "NATIVE_FP8": arch >= 89,
+    }  # fmt: skip
+    grid = (tiles, kv_heads, batch * tile.splits)
+    if tile.kernel == "few":
+        steps = [_few_launch(operands, arguments, constants, causal, tile, grid)]
+    else:
+        steps = [
+            Launch(kernels.attend, grid, arguments, constants, tile.num_warps, tile.num_stages)
+        ]
+    if tile.splits > 1:
+        combined = {
+            "PARTS": parts, "LSE": lse, "OUT": out, "rows": rows, "q_len": q_len,
+            **dict(zip(("o_batch", "o_token", "o_head"), _strides(out))),
+        }  # fmt: skip
+        constants = {
+            "HEADS": heads, "DIM": dim, "D": padded, "SPLITS": tile.splits,
+            "PADDED": 1 << (tile.splits - 1).bit_length(), "CHUNK": min(32, 4096 // padded),
+        }  # fmt: skip
+        steps.append(Launch(kernels.combine, (rows,), combined, constants, 4, 1))
+    return steps
+
+
+def _few_launch(
+    operands: Operands, arguments: dict[str, Any], constants: dict[str, Any], causal: bool,
+    tile: Tile, grid: tuple[int, ...],
+) -> Launch:  # fmt: skip
+    """attend_few in place of attend: words for elements, the stride of tokens known."""
+    from . import attention_decode_kernels as decode_kernels
+
+    Q = operands.Q
+    words: dict[str, Any] = {}
+    for name in ("K_SCALE", "K_ZEROS", "V_SCALE", "V_ZEROS"):
+        x = arguments[name]
+        words[name] = None if x is None else _words(x.transpose(1, 2))
+    for name, x in (("ks", operands.k_scale), ("vs", operands.v_scale)):
+        batch, _, head = _strides(x)
+        words |= {f"{name}_batch": batch // 4, f"{name}_head": head // 4}
+    arguments = arguments | {"Q": _words(Q), "K": _words(operands.K), "V": _words(operands.V)} | words
+    token_strides = {"K_TOKEN": arguments["k_token"] * 4, "V_TOKEN": arguments["v_token"] * 4}
+    for name in ("k_token", "k_dim", "v_token", "ks_token", "vs_token"):
+        del arguments[name]
+    kept = ("SCALE", "GROUP", "KV_HEADS", "DIM", "K_KIND", "V_KIND", "SPLITS")
+    constants = {name: constants[name] for name in kept} | token_strides | {
+        "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
+        "HALVES": tile.block_m // 8, "KEYS": tile.block_n, "WARPS": tile.num_warps,
+    }  # fmt: skip
+    options = {"maxnreg": tile.registers} if tile.registers else {}
+    function = decode_kernels.attend_few
+    return Launch(function, grid, arguments, constants, tile.num_warps, 1, options)
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    """As words of 32 bits."""
+    return x.view(torch.int32)
+
+
+def transpose_launch(K: torch.Tensor, out: torch.Tensor) -> Launch:
+    """out [batch, tokens, heads, dim], contiguous, from K of contiguous tokens."""
+    batch, k_len, heads, dim = K.shape
+    unit = _unit(K)
+    k_batch, _, k_head, k_dim = (stride // unit for stride in _strides(K))
+    arguments = {
+        "K": K, "OUT": out, "k_len": k_len, "k_batch": k_batch, "k_head": k_head, "k_dim": k_dim,
+    }  # fmt: skip
+    padded = max(16, 1 << (dim - 1).bit_length())
+    constants = {"UNIT_K": unit, "HEADS": heads, "DIM": dim, "D": padded, "BLOCK_N": 64}
+    grid = (-(-k_len // 64), heads, batch)
+    return Launch(kernels.transpose_keys, grid, arguments, constants, 4, 1)
+
+
+def kind_of(x: torch.Tensor, Q: torch.Tensor) -> str:
+    """How the kernels read a cache: "dense", "int8", "e4m3" or "int4"."""
+    if x.dtype == torch.int8 and x.shape[-1] != Q.shape[-1]:
+        return "int4"
+    return _KINDS.get(x.dtype, "dense")
+
+
+def tile_for(operands: Operands, causal: bool, multiprocessors: int, k_len: int) -> Tile:
+    """The tile that should be fastest. k_len: of the longest cache that it is used for."""
+    Q, K, V = operands[:3]
+    batch, q_len, heads, dim = Q.shape
+    kv_heads = V.shape[2]
+    rows = heads // kv_heads * q_len
+    quantised = K.dtype != Q.dtype or V.dtype != Q.dtype
+    if rows > 64:
+        if dim <= 64:
+            tile = Tile(128, 64, 4, 3)
+        elif dim <= 128:
+            tile = Tile(128, 64, 8, 3)
+        else:
+            tile = Tile(128, 64, 8, 2)
+    else:
+        block_m = max(16, 1 << (rows - 1).bit_length())
+        wide = dim > 128 or not quantised
+        tile = Tile(block_m, 64 if wide else 128, 4, 3)
+    blocks = -(-rows // tile.block_m) * kv_heads * batch
+    # enough parts for some blocks on each multiprocessor, each of a few steps at least
+    parts = max(1, min(4 * multiprocessors // blocks, k_len // (4 * tile.block_n), 128))
+    if parts > 1 and blocks < multiprocessors:
+        tile = Tile(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, parts)
+    return tile
+
+
+def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
+    """out [batch, q_len, heads, dim], whose dims are contiguous."""
+    present = [x for x in (*operands, out) if x is not None]
+    addresses = [x.data_ptr() for x in present]
+    device, k_len = out.device, operands.K.shape[1]
+    longest = 1 << (k_len - 1).bit_length()  # caches that grow keep their kernels
+    index = current_device() if device.index is None else device.index
+    if any(address % 16 for address in addresses):
+        tile = tile_for(operands, causal, _multiprocessors(index), longest)
+        execute(launches(operands, out, causal, tile, architecture(index)), device)
+        return
+    key = (causal, longest, index, *map(_kind, (*operands, out)))
+    known = _prepared.get(key)
+    if known is None:
+        tile = tile_for(operands, causal, _multiprocessors(index), longest)
+        varying = Varying(k_len)
+        fakes = [_like(x) for x in (*operands, out)]
+        steps = launches(
+            Operands(*fakes[:-1]), fakes[-1], causal, tile, architecture(index), varying
+        )  # type: ignore[arg-type]
+        order = {x.untyped_storage()._cdata: i for i, x in enumerate(f for f in fakes if f is not None)}
+        known = Prepared(
+            steps,
+            device,
+            len(present) + 1,
+            lambda x: len(present) if x is varying else order[x.untyped_storage()._cdata],
+        )
+        if len(_prepared) >= _MOST_KEPT:
+            _prepared.clear()
+        _prepared[key] = known
+    known.run([*addresses, k_len])
+
+
+_prepared: dict[Any, Prepared] = {}
+
+
+def transpose_keys(K: torch.Tensor) -> torch.Tensor:
+    """A copy of K [batch, tokens, heads, dim] whose dims are contiguous."""
+    out = K.new_empty(K.shape)
+    execute([transpose_launch(K, out)], K.device)
+    return out
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def _strides(x: torch.Tensor | None) -> Sequence[int]:
+    """Those of dimensions of one element are 0, as they say nothing."""
+    if x is None:
+        return (0, 0, 0)
+    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]
+
+
+def _unit(x: torch.Tensor) -> int:
+    """How many elements all strides but those of 1 are multiples of: 16 bytes' worth, or one."""
+    unit = 16 // x.element_size()
+    return 1 if any(stride % unit for stride in _strides(x) if stride != 1) else unit
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int8) if x.element_size() == 1 else x
+
+
+def _kind(x: torch.Tensor | None) -> Any:
+    return None if x is None else (x.dtype, x.shape, x.stride())
+
+
+def _like(x: torch.Tensor | None) -> torch.Tensor | None:
+    if x is None:
+        return None
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

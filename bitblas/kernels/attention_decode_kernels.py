@@ -1,0 +1,820 @@
+"""Device code of attention with few queries, at the speed of memory: Gluon, one lane at a time.
+
+Time is what reading the cache takes, if nothing stands in the way: so no shared memory and no
+barrier within the loop, codes go from global memory into the registers of the matrix instruction,
+and every warp walks over keys of its own. Its keys and values are loaded one step ahead.
+
+Tensors are [WARPS, 32], an element for each lane; a tuple of them is what a lane has in registers.
+mma.m16n8k16 multiplies rows by columns; with lane = 4 * g + c it wants
+
+    rows      g, g + 8       of k = 2c, 2c+1 and 2c+8, 2c+9   (4 registers of two)
+    columns   g              of k = 2c, 2c+1 and 2c+8, 2c+9   (2 registers of two)
+    results   rows g, g + 8  of columns 2c, 2c+1              (4 registers)
+
+Columns are queries in both products, for the cache is what there is much of.
+Scores: rows g and g + 8 are keys 2g and 2g + 1, k is the dim. Which dims k means is free as long as
+queries and keys agree, so lane c reads 16-byte pieces of its keys and takes codes as they come.
+Values: rows are dims, k is the key: 2c, 2c+1, 2c+8, 2c+9 are keys 4c, 4c+2, 4c+1, 4c+3. Weights
+get there by a transpose of 8 x 8 in the registers of a warp. Lane g reads pieces of its keys' rows
+and puts codes of two keys side by side; which dim a row means is free, and is settled when stored.
+
+Codes as float16: int4 and, for keys, int8 stay what they are in low mantissa bits, a subnormal
+2^-24 as large as the code; what they miss is put right in scores and sums. An int4 of a byte's high
+nibble is 16 times as large, for which its query is divided by 16.
+"""
+
+# Gluon gives these functions' parameters their types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from .versions import gl, gluon
+
+TINY = gl.constexpr(1e-37)
+
+
+# --- one instruction each --------------------------------------------------------------------
+
+
+@gluon.jit
+def multiply(a, b0, b1, d, BF16: gl.constexpr):
+    """d + a * b; a, d: tuples of 4."""
+    if BF16:
+        return gl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
+            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
+            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, "
+            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
+            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def permute_bytes(x, y, SELECTOR: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,n", [x, y, SELECTOR], dtype=gl.int32, is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def subtract_halves(x, y):
+    """Of two float16 in a register."""
+    return gl.inline_asm_elementwise(
+        "sub.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def from_e4m3(x):
+    """Four e4m3 -> two registers of two float16."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; "
+        "cvt.rn.f16x2.e4m3x2 $1, h; }",
+        "=r,=r,r", [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pack_halves(low, high, BF16: gl.constexpr):
+    """Two float32 -> a register."""
+    if BF16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def unpack_halves(x, BF16: gl.constexpr):
+    """A register -> two float32."""
+    if BF16:
+        low = (x << 16).to(gl.float32, bitcast=True)
+        high = (x & -65536).to(gl.float32, bitcast=True)
+        return low, high
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }",
+            "=f,=f,r", [x], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def power_of_two(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def log2(x):
+    return gl.inline_asm_elementwise(
+        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def valid_pair(x, n, end):
+    """A word of numbers of tokens n and n + 1, of which what lies behind the end is zero."""
+    return gl.where(n + 1 < end, x, x & 0xFFFF)
+
+
+@gluon.jit
+def from_lane(x, MASK: gl.constexpr):
+    """x of lane ^ MASK."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,n", [x, MASK], dtype=gl.float32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def of_lane(x, lane):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane], dtype=gl.float32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def transpose(x):
+    """Row g, columns 2c, 2c+1 of 8 x 8 in a register -> row g, columns 2c, 2c+1 transposed."""
+    return gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=gl.int32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def quad_max(x):
+    """The largest of the four lanes of equal g."""
+    x = gl.maximum(x, from_lane(x, 1))
+    return gl.maximum(x, from_lane(x, 2))
+
+
+@gluon.jit
+def quad_sum(x):
+    x += from_lane(x, 1)
+    return x + from_lane(x, 2)
+
+
+@gluon.jit
+def keys_max(x):
+    """The largest of the eight lanes of equal c."""
+    x = gl.maximum(x, from_lane(x, 4))
+    x = gl.maximum(x, from_lane(x, 8))
+    return gl.maximum(x, from_lane(x, 16))
+
+
+@gluon.jit
+def keys_sum(x):
+    x += from_lane(x, 4)
+    x += from_lane(x, 8)
+    return x + from_lane(x, 16)
+
+
+@gluon.jit
+def keep_loads_here():
+    """No load moves across: else the compiler gathers them where they are first needed."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+# --- loads -----------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def lanes_layout(WARPS):
+    """[WARPS, 32]."""
+    return gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def piece_layout(WARPS, WORDS):
+    """[WARPS, 32, WORDS], a lane's words in its registers."""
+    return gl.BlockedLayout([1, 1, WORDS], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def every_layout(WARPS):
+    """[WARPS, 32], all of them in every warp's registers."""
+    return gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+
+
+@gluon.jit
+def load_piece(pointer, inside, WORDS: gl.constexpr, WARPS: gl.constexpr, STREAM: gl.constexpr):
+    """A tuple of WORDS consecutive words; zeros where not inside. STREAM: they are read once."""
+    L: gl.constexpr = lanes_layout(WARPS)
+    LP: gl.constexpr = piece_layout(WARPS, WORDS)
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, LP)))
+    word = word.expand_dims(0).expand_dims(1)
+    pointer = gl.convert_layout(pointer, gl.SliceLayout(2, LP), assert_trivial=True)
+    inside = gl.convert_layout(inside, gl.SliceLayout(2, LP), assert_trivial=True)
+    mask = inside.expand_dims(2) & (word >= 0)
+    if STREAM:
+        x = gl.load(
+            pointer.expand_dims(2) + word, mask=mask, other=0, eviction_policy="evict_first"
+        )
+    else:
+        x = gl.load(pointer.expand_dims(2) + word, mask=mask, other=0)
+    if WORDS == 1:
+        return (gl.convert_layout(x.reshape([WARPS, 32]), L, assert_trivial=True),)
+    elif WORDS == 2:
+        a, b = gl.split(x)
+        return (
+            gl.convert_layout(a, L, assert_trivial=True),
+            gl.convert_layout(b, L, assert_trivial=True),
+        )
+    else:
+        even, odd = gl.split(x.reshape([WARPS, 32, 2, 2]))
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+        return (
+            gl.convert_layout(a, L, assert_trivial=True),
+            gl.convert_layout(b, L, assert_trivial=True),
+            gl.convert_layout(c, L, assert_trivial=True),
+            gl.convert_layout(d, L, assert_trivial=True),
+        )
+
+
+@gluon.jit
+def load_keys(
+    K, first, g, c, length, TOKEN: gl.constexpr, KEYS: gl.constexpr, WORDS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """KEYS / 8 tuples of WORDS words, for keys first + 2g, first + 2g + 1, 16 further, ...."""
+    PIECE: gl.constexpr = min(4, WORDS)
+    pointer = K + (first + 2 * g).to(gl.int64) * TOKEN + c * PIECE
+    result = ()
+    for t in gl.static_range(KEYS // 8):
+        key = t // 2 * 16 + t % 2
+        words = ()
+        for p in gl.static_range(WORDS // PIECE):
+            words = words + load_piece(
+                pointer + (key * TOKEN + 4 * PIECE * p), first + 2 * g + key < length, PIECE,
+                WARPS, True,
+            )  # fmt: skip
+        result = result + (words,)
+    return result
+
+
+@gluon.jit
+def load_values(
+    V, first, g, c, length, TOKEN: gl.constexpr, KEYS: gl.constexpr, WORDS: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """KEYS / 4 tuples of WORDS words, for keys first + 4c, ..., first + 4c + 3, 16 further, ...."""
+    PIECE: gl.constexpr = min(4, WORDS)
+    pointer = V + (first + 4 * c).to(gl.int64) * TOKEN + g * PIECE
+    result = ()
+    for t in gl.static_range(KEYS // 4):
+        key = t // 4 * 16 + t % 4
+        words = ()
+        for p in gl.static_range(WORDS // PIECE):
+            words = words + load_piece(
+                pointer + (key * TOKEN + 8 * PIECE * p), first + 4 * c + key < length, PIECE,
+                WARPS, True,
+            )  # fmt: skip
+        result = result + (words,)
+    return result
+
+
+@gluon.jit
+def load_pairs(POINTER, first, g, length, KEYS: gl.constexpr, WARPS: gl.constexpr):
+    """Words of two 16-bit numbers: those of keys first + 2g and the one behind, 16 further, ...."""
+    result = ()
+    for x in gl.static_range(KEYS // 16):
+        inside = first + 16 * x + 2 * g < length
+        result = result + load_piece(POINTER + (first // 2 + 8 * x + g), inside, 1, WARPS, False)
+    return result
+
+
+@gluon.jit
+def load_fours(POINTER, first, c, length, KEYS: gl.constexpr, WARPS: gl.constexpr):
+    """Two words: the numbers of keys first + 4c, ..., first + 4c + 3, 16 further, ...."""
+    result = ()
+    for x in gl.static_range(KEYS // 16):
+        inside = first + 16 * x + 4 * c < length
+        pointer = POINTER + (first // 4 + 4 * x + c) * 2
+        result = result + load_piece(pointer, inside, 2, WARPS, False)
+    return result
+
+
+@gluon.jit
+def load_step(
+    K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, length,
+    K_KIND: gl.constexpr, V_KIND: gl.constexpr, K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr,
+    K_WORDS: gl.constexpr, V_WORDS: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """What a warp needs for a step: (keys, their scales, zeros; values, their scales, zeros)."""
+    ks = ()
+    kz = ()
+    vs = ()
+    vz = ()
+    if K_KIND != "dense":
+        ks = load_pairs(K_SCALE, first, g, length, KEYS, WARPS)
+    if K_KIND == "int4":
+        kz = load_pairs(K_ZEROS, first, g, length, KEYS, WARPS)
+    if V_KIND != "dense":
+        vs = load_pairs(V_SCALE, first, g, length, KEYS, WARPS)
+    if V_KIND == "int4":
+        vz = load_fours(V_ZEROS, first, c, length, KEYS, WARPS)
+    k = load_keys(K, first, g, c, length, K_TOKEN, KEYS, K_WORDS, WARPS)
+    v = load_values(V, first, g, c, length, V_TOKEN, KEYS, V_WORDS, WARPS)
+    return k, ks, kz, v, vs, vz
+
+
+# --- codes to operands -----------------------------------------------------------------------
+
+
+@gluon.jit
+def key_operands(words, KIND: gl.constexpr):
+    """Registers of a key's words, two for each product, in the order of query_operands."""
+    result = ()
+    for w in gl.static_range(len(words)):
+        x = words[w]
+        if KIND == "int4":  # low nibbles of bytes 0, 2 and 1, 3; high ones, 16 times as large
+            y = (x >> 8) & 0x00FFFFFF
+            result = result + (x & 0x000F000F, y & 0x000F000F, x & 0x00F000F0, y & 0x00F000F0)
+        elif KIND == "int8":  # bytes 0, 2 and 1, 3, plus 128
+            y = permute_bytes(x, x, 0x4341)
+            result = result + ((x & 0x00FF00FF) ^ 0x00800080, (y & 0x00FF00FF) ^ 0x00800080)
+        elif KIND == "e4m3":
+            result = result + from_e4m3(x)
+        else:
+            result = result + (x,)
+    return result
+
+
+@gluon.jit
+def value_operands(even, odd, KIND: gl.constexpr):
+    """Registers of the words of two keys: one for each dim that the words hold."""
+    result = ()
+    for w in gl.static_range(len(even)):
+        a = even[w]
+        b = odd[w]
+        if KIND == "int4":
+            x = permute_bytes(a, b, 0x5410)
+            y = (x >> 8) & 0x00FFFFFF
+            result = result + (x & 0x000F000F, x & 0x00F000F0, y & 0x000F000F, y & 0x00F000F0)
+            x = permute_bytes(a, b, 0x7632)
+            y = (x >> 8) & 0x00FFFFFF
+            result = result + (x & 0x000F000F, x & 0x00F000F0, y & 0x000F000F, y & 0x00F000F0)
+        elif KIND == "int8":
+            # 1024 + 128 + code, less 1152: sums of codes that are off by 128 would lose digits
+            a = a ^ -2139062144  # 0x80808080
+            b = b ^ -2139062144
+            high = gl.full(a.shape, 0x64646464, gl.int32, a.type.layout)
+            offset = gl.full(a.shape, 0x64806480, gl.int32, a.type.layout)
+            x = permute_bytes(a, b, 0x5410)
+            y = permute_bytes(a, b, 0x7632)
+            result = result + (
+                subtract_halves(permute_bytes(x, high, 0x4240), offset),
+                subtract_halves(permute_bytes(x, high, 0x4341), offset),
+                subtract_halves(permute_bytes(y, high, 0x4240), offset),
+                subtract_halves(permute_bytes(y, high, 0x4341), offset),
+            )
+        elif KIND == "e4m3":
+            result = result + from_e4m3(permute_bytes(a, b, 0x5140))
+            result = result + from_e4m3(permute_bytes(a, b, 0x7362))
+        else:
+            result = result + (permute_bytes(a, b, 0x5410), permute_bytes(a, b, 0x7632))
+    return result
+
+
+@gluon.jit
+def load_query(
+    Q, c, live, KIND: gl.constexpr, WORDS: gl.constexpr, DIM: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """A row's words in the order of products: for each, the words of its four dims."""
+    PIECE: gl.constexpr = min(4, WORDS)
+    result = ()
+    for p in gl.static_range(WORDS // PIECE):
+        first = (4 * p + c) * PIECE  # the lane's first word of this piece of a key
+        if KIND == "dense":
+            for w in gl.static_range(PIECE // 2):
+                result = result + load_piece(Q + (first + 2 * w), live, 2, WARPS, False)
+        else:
+            for w in gl.static_range(PIECE):
+                result = result + load_piece(Q + 2 * (first + w), live, 2, WARPS, False)
+                if KIND == "int4":
+                    high = Q + (DIM // 4 + 2 * (first + w))
+                    result = result + load_piece(high, live, 2, WARPS, False)
+    return result
+
+
+@gluon.jit
+def query_operands(words, KIND: gl.constexpr, BF16: gl.constexpr):
+    """(registers, factor, sum): a row of queries as float16, times a power of two, `factor`, that
+    brings its largest element to 1 or a little above; the sum of those. As it is for dense keys."""
+    zero = gl.full(words[0].shape, 0.0, gl.float32, words[0].type.layout)
+    if KIND == "dense":
+        return words, zero + 1.0, zero
+    else:
+        largest = zero
+        for i in gl.static_range(len(words)):
+            low, high = unpack_halves(words[i], BF16)
+            largest = gl.maximum(largest, gl.maximum(gl.abs(low), gl.abs(high)))
+        largest = quad_max(largest)
+        exponent = (largest.to(gl.int32, bitcast=True) >> 23) & 255
+        factor = ((254 - gl.minimum(exponent, 253)) << 23).to(gl.float32, bitcast=True)
+        total = zero
+        result = ()
+        for i in gl.static_range(len(words) // 2):
+            d0, d1 = unpack_halves(words[2 * i], BF16)
+            d2, d3 = unpack_halves(words[2 * i + 1], BF16)
+            total += (d0 + d1 + d2 + d3) * factor
+            if KIND == "int4" and i % 2 == 1:
+                part = factor * 0.0625
+            else:
+                part = factor
+            if KIND == "e4m3":
+                result = result + (
+                    pack_halves(d0 * part, d1 * part, False),
+                    pack_halves(d2 * part, d3 * part, False),
+                )
+            else:
+                result = result + (
+                    pack_halves(d0 * part, d2 * part, False),
+                    pack_halves(d1 * part, d3 * part, False),
+                )
+        return result, factor, quad_sum(total)
+
+
+# --- the kernel ------------------------------------------------------------------------------
+
+
+@gluon.jit
+def over_warps(smem, x, WARPS: gl.constexpr):
+    """x of all warps, [WARPS, 32] with the warps in registers."""
+    smem.store(x)
+    return smem.load(every_layout(WARPS))
+
+
+@gluon.jit
+def join_all(values):
+    """[WARPS, 32] each -> [WARPS, 32, how many]."""
+    COUNT: gl.constexpr = len(values)
+    if COUNT == 2:
+        return gl.join(values[0], values[1])
+    else:
+        even = ()
+        odd = ()
+        for i in gl.static_range(COUNT // 2):
+            even = even + (values[2 * i],)
+            odd = odd + (values[2 * i + 1],)
+        both = gl.join(join_all(even), join_all(odd))
+        return both.reshape([both.shape[0], both.shape[1], COUNT])
+
+
+@gluon.jit
+def for_lanes(x, WARPS: gl.constexpr):
+    """[32] -> [1, 32], the same for all warps."""
+    L: gl.constexpr = lanes_layout(WARPS)
+    return gl.convert_layout(x, gl.SliceLayout(0, L), assert_trivial=True).expand_dims(0)
+
+
+@gluon.jit
+def row_dim(j, n, KIND: gl.constexpr, WORDS: gl.constexpr, DIM: gl.constexpr):
+    """The dim of lane n's j-th register, as load_values and value_operands have it."""
+    PIECE: gl.constexpr = min(4, WORDS)
+    PER_WORD: gl.constexpr = 2 if KIND == "dense" else (8 if KIND == "int4" else 4)
+    word = j // PER_WORD
+    part = j % PER_WORD
+    place = (word // PIECE * 8 + n) * PIECE + word % PIECE  # of the word in its row
+    if KIND == "int4":
+        return place * 4 + part // 2 + part % 2 * (DIM // 2)
+    else:
+        return place * PER_WORD + part
+
+
+@gluon.constexpr_function
+def score_place(q, i, HALVES):
+    """Where attend_few has the score of query q = 2h + e and key i = 2x + t."""
+    return (i // 2 * HALVES + q // 2) * 4 + i % 2 * 2 + q % 2
+
+
+@gluon.jit
+def attend_few(
+    Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
+    q_len, k_len, tiles, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
+    ks_batch, ks_head, vs_batch, vs_head, o_split, o_batch, o_token, o_head,
+    SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
+    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLITS: gl.constexpr, HALVES: gl.constexpr,
+    KEYS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """8 * HALVES rows of one key head against a part of its keys; see attend, whose grid this has.
+
+    Q, K, V and the pairs of K_SCALE and so on are words of 32 bits, and so are strides of scales;
+    those of Q, K and V are in units of 16 bytes. ROW_LIMITS: rows see different keys (causal).
+    KEYS: of a warp in a step.
+    """
+    L: gl.constexpr = lanes_layout(WARPS)
+    EVERY: gl.constexpr = gl.SliceLayout(0, every_layout(WARPS))
+    tile = tiles - 1 - gl.program_id(0)
+    head = gl.program_id(1)
+    batch = (gl.program_id(2) // SPLITS).to(gl.int64)
+    split = gl.program_id(2) % SPLITS
+    length = k_len
+    if LENGTHS is not None:
+        length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
+    lane = gl.arange(0, 32, gl.SliceLayout(0, L)).expand_dims(0)
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, L)).expand_dims(1)
+    lane, warp = gl.broadcast(lane, warp)
+    g = lane // 4
+    c = lane % 4
+
+    K += batch * (k_batch * 4) + head.to(gl.int64) * (k_head * 4)
+    V += batch * (v_batch * 4) + head.to(gl.int64) * (v_head * 4)
+    if K_KIND != "dense":
+        K_SCALE += batch * (ks_batch * 2) + head * (ks_head * 2)
+    if K_KIND == "int4":
+        K_ZEROS += batch * (ks_batch * 2) + head * (ks_head * 2)
+    if V_KIND != "dense":
+        V_SCALE += batch * (vs_batch * 2) + head * (vs_head * 2)
+    if V_KIND == "int4":
+        V_ZEROS += batch * (vs_batch * 2) + head * (vs_head * 2)
+    # words of a row: a quarter of a key's, an eighth of a value's
+    K_WORDS: gl.constexpr = DIM // 32 if K_KIND == "int4" else (
+        DIM // 8 if K_KIND == "dense" else DIM // 16
+    )  # fmt: skip
+    V_WORDS: gl.constexpr = DIM // 64 if V_KIND == "int4" else (
+        DIM // 16 if V_KIND == "dense" else DIM // 32
+    )  # fmt: skip
+
+    last = length
+    if ROW_LIMITS:
+        final = gl.minimum((tile * (8 * HALVES) + 8 * HALVES - 1) // GROUP, q_len - 1)
+        last = gl.maximum(length - q_len + 1 + final, 0)
+    STRIDE: gl.constexpr = WARPS * KEYS
+    per_split = (last + STRIDE * SPLITS - 1) // (STRIDE * SPLITS) * STRIDE
+    lo = split * per_split
+    hi = gl.minimum(lo + per_split, last)
+    first = lo + warp * KEYS
+    step = load_step(
+        K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
+        K_KIND, V_KIND, K_TOKEN, V_TOKEN, K_WORDS, V_WORDS, KEYS, WARPS,
+    )  # fmt: skip
+    keep_loads_here()
+
+    # what the matrix unit multiplied: subnormals are to be multiplied by 2^24
+    UNIT: gl.constexpr = SCALE * (16777216.0 if K_KIND == "int4" or K_KIND == "int8" else 1.0)
+    queries = ()  # registers of query columns 8h + g
+    factors = ()  # of queries 8h + 2c + e, at 2h + e, as everything below
+    sums = ()
+    limits = ()
+    for h in gl.static_range(HALVES):
+        r = tile * (8 * HALVES) + 8 * h + g
+        query = r // GROUP
+        pointer = Q + batch * (q_batch * 4) + query.to(gl.int64) * (q_token * 4)
+        pointer += (head * GROUP + r % GROUP) * (q_head * 4)
+        words = load_query(pointer, c, query < q_len, K_KIND, K_WORDS, DIM, WARPS)
+        registers, factor, total = query_operands(words, K_KIND, BF16)
+        queries = queries + (registers,)
+        for e in gl.static_range(2):
+            factors = factors + (UNIT / of_lane(factor, 4 * (2 * c + e)),)
+            sums = sums + (of_lane(total, 4 * (2 * c + e)) * (1.0 / 16777216.0),)
+            query = (tile * (8 * HALVES) + 8 * h + 2 * c + e) // GROUP
+            seen = gl.minimum(length - q_len + 1 + query, hi)
+            limits = limits + (gl.where(query < q_len, seen, 0),)
+
+    zero = gl.full([WARPS, 32], 0.0, gl.float32, L)
+    nil = gl.full([WARPS, 32], 0, gl.int32, L)
+    QUANTISED_V: gl.constexpr = V_KIND != "dense"
+    BF16_K: gl.constexpr = BF16 and K_KIND == "dense"
+    BF16_V: gl.constexpr = BF16 and V_KIND == "dense"
+    ROWS: gl.constexpr = DIM // 16  # products that make up the dims
+    acc = ()
+    for _ in gl.static_range(ROWS * HALVES):
+        acc = acc + ((zero, zero, zero, zero),)
+    zero_acc = ((zero, zero, zero, zero),) * HALVES
+    m = (zero - float("inf"),) * (2 * HALVES)
+    l = (zero,) * (2 * HALVES)  # noqa: E741
+    unit = zero + (TINY if QUANTISED_V else 1.0)
+
+    steps = (hi - lo + STRIDE - 1) // STRIDE
+    for _ in range(steps):
+        k, ks, kz, v, vs, vz = step
+        # scores of 16 keys at a time: of keys 2g and 2g + 1, queries 2c and 2c + 1
+        scores = ()
+        value_scales = ()
+        for x in gl.static_range(KEYS // 16):
+            n = first + 16 * x + 2 * g
+            s = ((zero, zero, zero, zero),) * HALVES
+            near = key_operands(k[2 * x], K_KIND)
+            far = key_operands(k[2 * x + 1], K_KIND)
+            for i in gl.static_range(len(near) // 2):
+                a = (near[2 * i], far[2 * i], near[2 * i + 1], far[2 * i + 1])
+                added = ()
+                for h in gl.static_range(HALVES):
+                    added = added + (
+                        multiply(a, queries[h][2 * i], queries[h][2 * i + 1], s[h], BF16_K),
+                    )
+                s = added
+            if K_KIND == "int4":
+                zeros = unpack_halves(valid_pair(kz[x], n, hi), BF16)
+            if K_KIND == "int8":
+                zeros = (128.0, 128.0)
+            if K_KIND != "dense":
+                scales = unpack_halves(valid_pair(ks[x], n, hi), BF16)
+            for h in gl.static_range(HALVES):
+                for t in gl.static_range(2):
+                    if not ROW_LIMITS:
+                        bias = gl.where(n + t < hi, 0.0, float("-inf"))
+                    for e in gl.static_range(2):
+                        one = s[h][2 * t + e]
+                        if K_KIND == "int4" or K_KIND == "int8":
+                            one -= zeros[t] * sums[2 * h + e]
+                        if ROW_LIMITS:
+                            if K_KIND != "dense":
+                                one *= scales[t]
+                            one = gl.where(n + t < limits[2 * h + e], one, float("-inf"))
+                        elif K_KIND != "dense":
+                            one = gl.fma(one, scales[t], bias)
+                        else:
+                            one += bias
+                        scores = scores + (one,)
+            if QUANTISED_V:
+                value_scales = value_scales + unpack_halves(valid_pair(vs[x], n, hi), BF16)
+        if V_KIND == "int4":
+            value_zeros = ()
+            for x in gl.static_range(KEYS // 16):
+                n = first + 16 * x + 4 * c
+                z0 = valid_pair(vz[2 * x], n, hi)
+                z1 = valid_pair(vz[2 * x + 1], n + 2, hi)
+                if BF16:
+                    low, high = unpack_halves(z0, True)
+                    z0 = pack_halves(low, high, False)
+                    low, high = unpack_halves(z1, True)
+                    z1 = pack_halves(low, high, False)
+                value_zeros = value_zeros + (
+                    permute_bytes(z0, z1, 0x5410), permute_bytes(z0, z1, 0x7632)
+                )  # fmt: skip
+        first += STRIDE
+        next_step = load_step(
+            K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
+            K_KIND, V_KIND, K_TOKEN, V_TOKEN, K_WORDS, V_WORDS, KEYS, WARPS,
+        )  # fmt: skip
+        keep_loads_here()
+
+        # weights
+        if QUANTISED_V:
+            largest = unit
+            for i in gl.static_range(KEYS // 8):
+                largest = gl.maximum(largest, gl.abs(value_scales[i]))
+            largest = keys_max(largest)
+            shrink = unit / largest
+            inverse = 1.0 / largest
+            unit = largest
+        new_m = ()
+        new_l = ()
+        alphas = ()
+        weights = ()  # of query 2h + e, key 2x + t: at (2h + e) * KEYS / 8 + 2x + t
+        for q in gl.static_range(2 * HALVES):
+            top = zero - float("inf")
+            for i in gl.static_range(KEYS // 8):
+                top = gl.maximum(top, scores[score_place(q, i, HALVES)])
+            top = gl.maximum(m[q], keys_max(top) * factors[q])
+            shift = gl.where(top == float("-inf"), 0.0, top)
+            alpha = power_of_two(m[q] - shift)
+            total = l[q] * alpha
+            for i in gl.static_range(KEYS // 8):
+                p = scores[score_place(q, i, HALVES)]
+                p = power_of_two(gl.fma(p, factors[q], 0.0 - shift))
+                total += p
+                if QUANTISED_V:
+                    p = p * (value_scales[i] * inverse)
+                weights = weights + (p,)
+            if QUANTISED_V:
+                alpha = alpha * shrink
+            new_m = new_m + (top,)
+            new_l = new_l + (total,)
+            alphas = alphas + (alpha,)
+        m = new_m
+        l = new_l  # noqa: E741
+
+        # values, 16 keys at a time
+        rescaled = ()
+        for j in gl.static_range(ROWS):
+            for h in gl.static_range(HALVES):
+                old = acc[j * HALVES + h]
+                rescaled = rescaled + ((
+                    old[0] * alphas[2 * h], old[1] * alphas[2 * h + 1],
+                    old[2] * alphas[2 * h], old[3] * alphas[2 * h + 1],
+                ),)  # fmt: skip
+        acc = rescaled
+        if V_KIND == "int4":
+            rescaled = ()
+            for h in gl.static_range(HALVES):
+                old = zero_acc[h]
+                rescaled = rescaled + (
+                    (old[0] * alphas[2 * h], old[1] * alphas[2 * h + 1], old[2], old[3]),
+                )
+            zero_acc = rescaled
+        for x in gl.static_range(KEYS // 16):
+            near = value_operands(v[4 * x], v[4 * x + 2], V_KIND)
+            far = value_operands(v[4 * x + 1], v[4 * x + 3], V_KIND)
+            columns = ()
+            for h in gl.static_range(HALVES):
+                for t in gl.static_range(2):
+                    pair = pack_halves(
+                        weights[2 * h * (KEYS // 8) + 2 * x + t],
+                        weights[(2 * h + 1) * (KEYS // 8) + 2 * x + t],
+                        BF16_V,
+                    )
+                    columns = columns + (transpose(pair),)
+            added = ()
+            for j in gl.static_range(ROWS):
+                a = (near[2 * j], near[2 * j + 1], far[2 * j], far[2 * j + 1])
+                for h in gl.static_range(HALVES):
+                    added = added + (
+                        multiply(
+                            a, columns[2 * h], columns[2 * h + 1], acc[j * HALVES + h], BF16_V
+                        ),
+                    )
+            acc = added
+            if V_KIND == "int4":
+                a = (value_zeros[2 * x], nil, value_zeros[2 * x + 1], nil)
+                added = ()
+                for h in gl.static_range(HALVES):
+                    added = added + (
+                        multiply(a, columns[2 * h], columns[2 * h + 1], zero_acc[h], False),
+                    )
+                zero_acc = added
+        step = next_step
+
+    # the warps' parts, in units of the largest score and scale of all of them
+    small = gl.allocate_shared_memory(
+        gl.float32, [WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )  # fmt: skip
+    units = gl.max(over_warps(small, unit, WARPS), axis=0)
+    weights = ()
+    totals = ()
+    tops = ()
+    for q in gl.static_range(2 * HALVES):
+        top = gl.max(over_warps(small, m[q], WARPS), axis=0)
+        tops = tops + (top,)
+        shift = for_lanes(gl.where(top == float("-inf"), 0.0, top), WARPS)
+        weight = power_of_two(m[q] - shift)
+        total = keys_sum(l[q]) * weight
+        totals = totals + (gl.sum(over_warps(small, total, WARPS), axis=0),)
+        weights = weights + (weight * (unit / for_lanes(units, WARPS)),)
+    REGISTERS: gl.constexpr = ROWS * HALVES * 4
+    parts = gl.allocate_shared_memory(
+        gl.float32, [WARPS, REGISTERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )  # fmt: skip
+    scaled = ()
+    for j in gl.static_range(ROWS):
+        for h in gl.static_range(HALVES):
+            for e in gl.static_range(4):
+                value = acc[j * HALVES + h][e]
+                if V_KIND == "int4":  # the even rows are low nibbles
+                    value = value * (16777216.0 if e < 2 else 1048576.0) - zero_acc[h][e % 2]
+                scaled = scaled + (value * weights[2 * h + e % 2],)
+    parts.permute((0, 2, 1)).store(join_all(scaled))
+    SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    RESULT: gl.constexpr = gl.SliceLayout(0, SUM)
+    result = gl.sum(parts.load(SUM), axis=0)
+    lane = gl.arange(0, 32, gl.SliceLayout(0, RESULT)).expand_dims(0)
+    register = gl.arange(0, REGISTERS, gl.SliceLayout(1, RESULT)).expand_dims(1)
+    q = register // 4 % HALVES * 2 + register % 2
+    total = gl.full([REGISTERS, 32], 0.0, gl.float32, RESULT)
+    for i in gl.static_range(2 * HALVES):
+        mine = gl.convert_layout(totals[i], gl.SliceLayout(0, RESULT)).expand_dims(0)
+        total = gl.where(q == i, mine, total)
+    unit = gl.convert_layout(units, gl.SliceLayout(0, RESULT)).expand_dims(0)
+    result = result * gl.where(total > 0, unit / total, 0.0)
+    row = register // (4 * HALVES) * 2 + register // 2 % 2
+    d = row_dim(row, lane // 4, V_KIND, V_WORDS, DIM)
+    r = tile * (8 * HALVES) + q // 2 * 8 + lane % 4 * 2 + q % 2
+    query = r // GROUP
+    pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
+    pointer += (head * GROUP + r % GROUP) * o_head
+    if SPLITS > 1:
+        pointer += split.to(gl.int64) * o_split
+    gl.store(pointer + d, result.to(OUT.dtype.element_ty), mask=query < q_len)
+    if SPLITS > 1:
+        heads: gl.constexpr = KV_HEADS * GROUP
+        lane = gl.arange(0, 32, EVERY)
+        for i in gl.static_range(2 * HALVES):
+            r = tile * (8 * HALVES) + i // 2 * 8 + lane * 2 + i % 2
+            query = r // GROUP
+            index = (split * (gl.num_programs(2) // SPLITS) + batch) * q_len + query
+            index = index * heads + head * GROUP + r % GROUP
+            lse = gl.where(totals[i] > 0, tops[i] + log2(totals[i]), float("-inf"))
+            gl.store(LSE + index, lse, mask=(lane < 4) & (query < q_len))
