@@ -128,14 +128,9 @@ def _few_launch(
     from . import attention_decode_kernels as decode_kernels
 
     Q = operands.Q
-    words: dict[str, Any] = {}
-    for name in ("K_SCALE", "K_ZEROS", "V_SCALE", "V_ZEROS"):
-        x = arguments[name]
-        words[name] = None if x is None else _words(x.transpose(1, 2))
-    for name, x in (("ks", operands.k_scale), ("vs", operands.v_scale)):
-        batch, _, head = _strides(x)
-        words |= {f"{name}_batch": batch // 4, f"{name}_head": head // 4}
-    arguments = arguments | {"Q": _words(Q), "K": _words(operands.K), "V": _words(operands.V)} | words
+    arguments = dict(arguments)
+    for name in ("ks_batch", "ks_head", "vs_batch", "vs_head"):
+        arguments[name] //= 4
     token_strides = {"K_TOKEN": arguments["k_token"] * 4, "V_TOKEN": arguments["v_token"] * 4}
     for name in ("k_token", "k_dim", "v_token", "ks_token", "vs_token"):
         del arguments[name]
@@ -147,11 +142,6 @@ def _few_launch(
     options = {"maxnreg": tile.registers} if tile.registers else {}
     function = decode_kernels.attend_few
     return Launch(function, grid, arguments, constants, tile.num_warps, 1, options)
-
-
-def _words(x: torch.Tensor) -> torch.Tensor:
-    """As words of 32 bits."""
-    return x.view(torch.int32)
 
 
 def transpose_launch(K: torch.Tensor, out: torch.Tensor) -> Launch:

@@ -520,10 +520,22 @@ def attend_few(
 ):  # fmt: skip
     """8 * HALVES rows of one key head against a part of its keys; see attend, whose grid this has.
 
-    Q, K, V and the pairs of K_SCALE and so on are words of 32 bits, and so are strides of scales;
-    those of Q, K and V are in units of 16 bytes. ROW_LIMITS: rows see different keys (causal).
-    KEYS: of a warp in a step.
+    Everything is read as words of 32 bits. Strides of Q, K and V are in units of 16 bytes, those of
+    scales and zeros, whose tokens are contiguous, of 8. ROW_LIMITS: rows see different keys
+    (causal). KEYS: of a warp in a step.
     """
+    WORD: gl.constexpr = gl.pointer_type(gl.int32)
+    Q = Q.to(WORD, bitcast=True)
+    K = K.to(WORD, bitcast=True)
+    V = V.to(WORD, bitcast=True)
+    if K_KIND != "dense":
+        K_SCALE = K_SCALE.to(WORD, bitcast=True)
+    if K_KIND == "int4":
+        K_ZEROS = K_ZEROS.to(WORD, bitcast=True)
+    if V_KIND != "dense":
+        V_SCALE = V_SCALE.to(WORD, bitcast=True)
+    if V_KIND == "int4":
+        V_ZEROS = V_ZEROS.to(WORD, bitcast=True)
     L: gl.constexpr = lanes_layout(WARPS)
     EVERY: gl.constexpr = gl.SliceLayout(0, every_layout(WARPS))
     tile = tiles - 1 - gl.program_id(0)
