@@ -8,6 +8,7 @@ from .linear import Linear
 from .log import set_log_level
 from .matmul import Matmul, MatmulWithSplitK
 from .precompile import warmup
+from .quantization.kv_cache import QuantizedKV, quantize_kv
 from .utils import auto_detect_nvidia_target
 from .version import __version__
 
@@ -19,6 +20,7 @@ __all__ = [
     "MatmulConfig",
     "MatmulConfigWithSplitK",
     "MatmulWithSplitK",
+    "QuantizedKV",
     "__version__",
     "auto_detect_nvidia_target",
     "base",
@@ -28,6 +30,7 @@ __all__ = [
     "module",
     "ops",
     "quantization",
+    "quantize_kv",
     "set_log_level",
     "testing",
     "utils",

@@ -1,65 +1,32 @@
-"""FlashAtten: softmax(Q · K^T / sqrt(dim)) · V through torch's own attention kernels."""
+"""FlashAtten: softmax(Q · K^T / sqrt(dim)) · V, with keys and values of 16, 8 or 4 bits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from .config import TORCH_DTYPES
+from .attention_config import FlashAttenConfig
+from .attention_ops import BACKENDS, choose, differentiable
 from .matmul import Operator
 
-_DTYPES = ("float16", "bfloat16")
+__all__ = ["FlashAtten", "FlashAttenConfig"]
 
-
-@dataclass(frozen=True)
-class FlashAttenConfig:
-    """Attention over `heads` query heads and `kv_heads` (None: as many) key and value heads.
-
-    Q, V and the output are [batch, seq, heads, dim]; K the same for layout "nnn" and
-    [batch, dim, heads, seq] for "ntn". batch, seq_len: hints; calls take any. All tensors have one
-    dtype, float16 or bfloat16. Raises ValueError naming the field, the value and what is valid.
-    """
-
-    batch: int = None  # type: ignore[assignment]
-    heads: int = None  # type: ignore[assignment]
-    kv_heads: int | None = None
-    seq_len: int = None  # type: ignore[assignment]
-    dim: int = None  # type: ignore[assignment]
-    Q_dtype: str = "float16"
-    K_dtype: str = "float16"
-    V_dtype: str = "float16"
-    Accu_dtype: str = "float32"
-    Out_dtype: str = "float16"
-    layout: str = "nnn"
-    is_causal: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
-        for field in ("batch", "heads", "kv_heads", "seq_len", "dim"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field}: got {value!r}, expected a positive integer")
-        if self.heads % (self.kv_heads or 1):
-            raise ValueError(f"kv_heads: {self.kv_heads} does not divide heads={self.heads}")
-        if self.Q_dtype not in _DTYPES:
-            raise ValueError(f"Q_dtype: got {self.Q_dtype!r}, expected one of {', '.join(_DTYPES)}")
-        for field in ("K_dtype", "V_dtype", "Out_dtype"):
-            if getattr(self, field) != self.Q_dtype:
-                raise ValueError(
-                    f"{field}: got {getattr(self, field)!r}, expected Q_dtype, {self.Q_dtype!r}"
-                )
-        if self.Accu_dtype != "float32":
-            raise ValueError(f"Accu_dtype: got {self.Accu_dtype!r}, expected 'float32'")
-        if self.layout not in ("nnn", "ntn"):
-            raise ValueError(f"layout: got {self.layout!r}, expected 'nnn' or 'ntn'")
+_NAMES = ("Q", "K", "V", "k_scale", "k_zeros", "v_scale", "v_zeros", "output")
+_FORMER_BACKENDS = ("tl", "tir", "tilelang")  # names of BitBLAS 0.1: all mean "auto"
 
 
 class FlashAtten(Operator):
-    """A FlashAttenConfig's operator; enable_tuning and backend are accepted, without effect."""
+    """A FlashAttenConfig's operator.
+
+    backend says what serves calls: "auto" (so do the names of BitBLAS 0.1, such as "tl") takes what
+    should be fastest; "triton" this library's kernels (GPU only), "cudnn" and "flash" torch's (GPU
+    only, 16-bit keys and values), "math" and "torch" torch's plain and torch's own choice.
+    `choice` tells which it is for a call; the logger "bitblas" says so once, at level INFO.
+    enable_tuning and from_database are accepted, without effect.
+
+    Raises ValueError for an unknown backend, and for one that takes no quantised keys or values.
+    """
 
     config: FlashAttenConfig
 
@@ -74,7 +41,14 @@ class FlashAtten(Operator):
     ) -> None:
         if not isinstance(config, FlashAttenConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a FlashAttenConfig")
+        chosen = str(getattr(backend, "value", backend))
+        if chosen not in BACKENDS + _FORMER_BACKENDS:
+            raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+        if chosen in ("cudnn", "flash") and config.is_quantized:
+            raise ValueError(f"backend: {chosen!r} takes no quantised keys or values")
         super().__init__(config, name, target)
+        self.backend = "auto" if chosen in _FORMER_BACKENDS else chosen
+        self._key = config.key
 
     def forward(
         self,
@@ -82,59 +56,57 @@ class FlashAtten(Operator):
         K: torch.Tensor,
         V: torch.Tensor,
         output: torch.Tensor | None = None,
+        *,
+        k_scale: torch.Tensor | None = None,
+        k_zeros: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+        v_zeros: torch.Tensor | None = None,
+        kv_len: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Q: [batch, q_len, heads, dim], V: [batch, k_len, kv_heads, dim] -> like Q.
 
         Causal masking is aligned to the end: the last query sees every key. `output` is written and
-        returned. Raises ValueError or TypeError that names the operand.
-        """
-        config = self.config
-        self._check("Q", Q, heads=2, dim=3, count=config.heads)
-        if config.layout == "ntn":
-            self._check("K", K, heads=2, dim=1, count=config.kv_heads)
-            K = K.permute(0, 3, 2, 1)
-        else:
-            self._check("K", K, heads=2, dim=3, count=config.kv_heads)
-        self._check("V", V, heads=2, dim=3, count=config.kv_heads)
-        if not (Q.shape[0] == K.shape[0] == V.shape[0]) or K.shape[1] != V.shape[1]:
-            raise ValueError(
-                f"K, V: got batch {K.shape[0]}, {V.shape[0]} and length {K.shape[1]}, "
-                f"{V.shape[1]}, "
-                f"expected Q's batch {Q.shape[0]} and one length"
-            )
-        q_len, k_len = Q.shape[1], K.shape[1]
-        mask = None
-        if config.is_causal and q_len != k_len:
-            if q_len > k_len:
-                raise ValueError(f"Q: {q_len} causal queries need as many keys, got {k_len}")
-            mask = torch.ones((q_len, k_len), dtype=torch.bool, device=Q.device)
-            mask = mask.tril(k_len - q_len)
-        product = scaled_dot_product_attention(
-            Q.transpose(1, 2),
-            K.transpose(1, 2),
-            V.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=config.is_causal and mask is None,
-            enable_gqa=config.heads != config.kv_heads,
-        ).transpose(1, 2)
-        if output is None:
-            return product.contiguous()
-        if output.shape != Q.shape or output.dtype != Q.dtype or output.device != Q.device:
-            raise ValueError(
-                f"output: got shape {tuple(output.shape)} {output.dtype} on {output.device}, "
-                f"expected {tuple(Q.shape)} {Q.dtype} on {Q.device}"
-            )
-        return output.copy_(product)
+        returned. kv_len: how many of the keys there are, where K and V are longer: one for the
+        batch, or a tensor [batch] of int32 or int64, which is not copied to the host; a query that
+        sees no key gives zeros then. k_scale, k_zeros, v_scale, v_zeros: of quantised K and V,
+        [batch, k_len, kv_heads], Q's dtype or float32 (bitblas.quantize_kv makes them).
 
-    def _check(self, name: str, x: torch.Tensor, heads: int, dim: int, count: int | None) -> None:
-        """Raise unless x is a 4-D tensor of the config's dtype with `count` heads on axis `heads`
-        and the head dimension on axis `dim`."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
-        if x.dtype != TORCH_DTYPES[self.config.Q_dtype]:
-            raise TypeError(f"{name}: got {x.dtype}, expected {self.config.Q_dtype}")
-        if x.dim() != 4 or x.shape[heads] != count or x.shape[dim] != self.config.dim:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions with {count} on axis "
-                f"{heads} (heads) and {self.config.dim} on axis {dim} (dim)"
-            )
+        16-bit Q, K and V may require gradients: torch's own operators serve then. Raises ValueError
+        or TypeError that names the operand.
+        """
+        numbers = (k_scale, k_zeros, v_scale, v_zeros)
+        for name, x in zip(_NAMES, (Q, K, V, *numbers, output)):
+            if not isinstance(x, torch.Tensor) and (x is not None or name in ("Q", "K", "V")):
+                raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
+        if kv_len is not None and not isinstance(kv_len, torch.Tensor):
+            K, V, numbers = self._shorten(K, V, numbers, kv_len)
+            kv_len = None
+        if torch.is_grad_enabled() and any(
+            isinstance(x, torch.Tensor) and x.requires_grad for x in (Q, K, V)
+        ):
+            product = differentiable(self.config, self.backend, Q, K, V, kv_len)
+            return product if output is None else output.copy_(product)
+        operands = (Q, K, V, *numbers, kv_len, self._key, self.backend)
+        if output is None:
+            return torch.ops.bitblas.attention(*operands)
+        torch.ops.bitblas.attention_out(*operands, output)
+        return output
+
+    def choice(
+        self, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, kv_len: Any = None
+    ) -> str:
+        """What serves a call with such operands: "triton", "cudnn", "flash", "math", "torch"."""
+        return choose(self.config, self.backend, Q, K, V, isinstance(kv_len, torch.Tensor))
+
+    def _shorten(
+        self, K: torch.Tensor, V: torch.Tensor, numbers: tuple[torch.Tensor | None, ...], kv_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """Their first kv_len tokens."""
+        axis = 3 if self.config.layout == "ntn" else 1
+        if isinstance(kv_len, bool) or not isinstance(kv_len, int):
+            raise TypeError(f"kv_len: got {kv_len!r}, expected an integer or a tensor")
+        longest = min(K.shape[axis], V.shape[1])
+        if not 0 <= kv_len <= longest:
+            raise ValueError(f"kv_len: got {kv_len}, expected 0 to {longest}, the length of K and V")
+        shorter = tuple(None if x is None else x[:, :kv_len] for x in numbers)
+        return K.narrow(axis, 0, kv_len), V[:, :kv_len], shorter

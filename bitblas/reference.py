@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .attention_config import FlashAttenConfig
 from .config import MatmulConfig
 from .layouts import unpack_rows
 
@@ -83,3 +84,54 @@ def matmul(
     if bias is not None:
         product = product + bias.to(torch.float64)
     return product
+
+
+def dequantize_kv(
+    codes: torch.Tensor, scale: torch.Tensor | None = None, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Keys or values [batch, tokens, heads, dim] in float64; zeros: int4, two codes in a byte."""
+    if zeros is not None:
+        low, high = codes.to(torch.int64) & 15, (codes.to(torch.int64) >> 4) & 15
+        values = torch.cat((low, high), dim=-1).to(torch.float64)
+        values = values - zeros.to(torch.float64)[..., None]
+    else:
+        values = codes.to(torch.float64)
+    return values if scale is None else values * scale.to(torch.float64)[..., None]
+
+
+def attention(
+    config: FlashAttenConfig,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    k_zeros: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    v_zeros: torch.Tensor | None = None,
+    kv_len: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(dim)) V in float64, [batch, q_len, heads, dim]. kv_len: how many keys
+    there are, for each of the batch or all; the last query sees all of them, causal or not."""
+    if config.layout == "ntn":
+        K = K.permute(0, 3, 2, 1)
+    batch, q_len, heads, dim = Q.shape
+    lengths = torch.as_tensor(V.shape[1] if kv_len is None else kv_len).expand(batch).tolist()
+    out = torch.zeros(Q.shape, dtype=torch.float64, device=Q.device)
+    group = heads // V.shape[2]
+
+    def shorten(x: torch.Tensor | None, b: int, length: int) -> torch.Tensor | None:
+        return None if x is None else x[b, :length]
+
+    for b, length in enumerate(lengths):
+        keys = dequantize_kv(K[b, :length], shorten(k_scale, b, length), shorten(k_zeros, b, length))
+        values = dequantize_kv(
+            V[b, :length], shorten(v_scale, b, length), shorten(v_zeros, b, length)
+        )
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", Q[b].to(torch.float64), keys) / dim**0.5
+        if config.is_causal:
+            hidden = torch.ones(q_len, length, dtype=torch.bool, device=Q.device)
+            scores = scores.masked_fill(hidden.triu(length - q_len + 1), float("-inf"))
+        weights = scores.softmax(-1).nan_to_num(0)  # of a query that sees no key
+        out[b] = torch.einsum("hqk,khd->qhd", weights, values)
+    return out

@@ -55,7 +55,7 @@ def prepare(config: MatmulConfig, operands: tuple[Optional, ...]) -> Prepared | 
     return prepared
 
 
-def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+def share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether the address ranges of two tensors meet: then one cannot be written in parts."""
 
     def end(t: torch.Tensor) -> int:
@@ -129,7 +129,7 @@ def _rows(
         return product if out is None else out.copy_(product)
     into = (
         out
-        if out is not None and out.is_contiguous() and not _share_memory(out, A)
+        if out is not None and out.is_contiguous() and not share_memory(out, A)
         else A.new_empty(shape, dtype=config.torch_out_dtype)
     )
     rows = A.reshape(-1, A.shape[-1]).contiguous()

@@ -138,6 +138,7 @@ def _few_launch(
     constants = {name: constants[name] for name in kept} | token_strides | {
         "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
         "HALVES": tile.block_m // 8, "KEYS": tile.block_n, "WARPS": tile.num_warps,
+        "ORDER": tile.num_stages,
     }  # fmt: skip
     options = {"maxnreg": tile.registers} if tile.registers else {}
     function = decode_kernels.attend_few

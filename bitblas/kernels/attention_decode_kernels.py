@@ -129,7 +129,7 @@ def log2(x):
 @gluon.jit
 def valid_pair(x, n, end):
     """A word of numbers of tokens n and n + 1, of which what lies behind the end is zero."""
-    return gl.where(n + 1 < end, x, x & 0xFFFF)
+    return gl.where(n + 1 < end, x, gl.where(n < end, x & 0xFFFF, 0))
 
 
 @gluon.jit
@@ -315,27 +315,33 @@ def load_fours(POINTER, first, c, length, KEYS: gl.constexpr, WARPS: gl.constexp
 
 
 @gluon.jit
-def load_step(
-    K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, length,
-    K_KIND: gl.constexpr, V_KIND: gl.constexpr, K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr,
-    K_WORDS: gl.constexpr, V_WORDS: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr,
+def load_key_step(
+    K, K_SCALE, K_ZEROS, first, g, c, length, KIND: gl.constexpr, TOKEN: gl.constexpr,
+    KEYS: gl.constexpr, WORDS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """What a warp needs for a step: (keys, their scales, zeros; values, their scales, zeros)."""
-    ks = ()
-    kz = ()
-    vs = ()
-    vz = ()
-    if K_KIND != "dense":
-        ks = load_pairs(K_SCALE, first, g, length, KEYS, WARPS)
-    if K_KIND == "int4":
-        kz = load_pairs(K_ZEROS, first, g, length, KEYS, WARPS)
-    if V_KIND != "dense":
-        vs = load_pairs(V_SCALE, first, g, length, KEYS, WARPS)
-    if V_KIND == "int4":
-        vz = load_fours(V_ZEROS, first, c, length, KEYS, WARPS)
-    k = load_keys(K, first, g, c, length, K_TOKEN, KEYS, K_WORDS, WARPS)
-    v = load_values(V, first, g, c, length, V_TOKEN, KEYS, V_WORDS, WARPS)
-    return k, ks, kz, v, vs, vz
+    """What a warp needs for the scores of a step: (keys, scales, zeros)."""
+    scales = ()
+    zeros = ()
+    if KIND != "dense":
+        scales = load_pairs(K_SCALE, first, g, length, KEYS, WARPS)
+    if KIND == "int4":
+        zeros = load_pairs(K_ZEROS, first, g, length, KEYS, WARPS)
+    return load_keys(K, first, g, c, length, TOKEN, KEYS, WORDS, WARPS), scales, zeros
+
+
+@gluon.jit
+def load_value_step(
+    V, V_SCALE, V_ZEROS, first, g, c, length, KIND: gl.constexpr, TOKEN: gl.constexpr,
+    KEYS: gl.constexpr, WORDS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """What a warp needs to add up a step: (values, scales, zeros)."""
+    scales = ()
+    zeros = ()
+    if KIND != "dense":
+        scales = load_pairs(V_SCALE, first, g, length, KEYS, WARPS)
+    if KIND == "int4":
+        zeros = load_fours(V_ZEROS, first, c, length, KEYS, WARPS)
+    return load_values(V, first, g, c, length, TOKEN, KEYS, WORDS, WARPS), scales, zeros
 
 
 # --- codes to operands -----------------------------------------------------------------------
@@ -459,10 +465,20 @@ def query_operands(words, KIND: gl.constexpr, BF16: gl.constexpr):
 
 
 @gluon.jit
-def over_warps(smem, x, WARPS: gl.constexpr):
-    """x of all warps, [WARPS, 32] with the warps in registers."""
-    smem.store(x)
-    return smem.load(every_layout(WARPS))
+def over_warps(values, WARPS: gl.constexpr):
+    """A tuple's tensors as all warps have them: [WARPS, 32] with the warps in registers."""
+    COUNT: gl.constexpr = 4 if len(values) <= 4 else 8
+    smem = gl.allocate_shared_memory(
+        gl.float32, [COUNT * WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )  # fmt: skip
+    padded = values
+    for _ in gl.static_range(COUNT - len(values)):
+        padded = padded + (values[0],)
+    smem.reshape([COUNT, WARPS, 32]).permute((1, 2, 0)).store(join_all(padded))
+    result = ()
+    for i in gl.static_range(len(values)):
+        result = result + (smem.slice(i * WARPS, WARPS, 0).load(every_layout(WARPS)),)
+    return result
 
 
 @gluon.jit
@@ -509,6 +525,175 @@ def score_place(q, i, HALVES):
 
 
 @gluon.jit
+def zeros_of(COUNT: gl.constexpr, WARPS: gl.constexpr):
+    """COUNT tuples of four registers."""
+    zero = gl.full([WARPS, 32], 0.0, gl.float32, lanes_layout(WARPS))
+    return ((zero, zero, zero, zero),) * COUNT
+
+
+@gluon.jit
+def score_step(
+    step, queries, sums, limits, first, g, hi, KIND: gl.constexpr, BF16: gl.constexpr,
+    ROW_LIMITS: gl.constexpr, HALVES: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Scores of a step, not yet times `factors`; where they are: score_place."""
+    k, ks, kz = step
+    scores = ()
+    for x in gl.static_range(KEYS // 16):
+        n = first + 16 * x + 2 * g
+        s = zeros_of(HALVES, WARPS)
+        near = key_operands(k[2 * x], KIND)
+        far = key_operands(k[2 * x + 1], KIND)
+        for i in gl.static_range(len(near) // 2):
+            a = (near[2 * i], far[2 * i], near[2 * i + 1], far[2 * i + 1])
+            added = ()
+            for h in gl.static_range(HALVES):
+                product = multiply(
+                    a, queries[h][2 * i], queries[h][2 * i + 1], s[h], BF16 and KIND == "dense"
+                )
+                added = added + (product,)
+            s = added
+        if KIND == "int4":
+            zeros = unpack_halves(valid_pair(kz[x], n, hi), BF16)
+        if KIND == "int8":
+            zeros = (128.0, 128.0)
+        if KIND != "dense":
+            scales = unpack_halves(valid_pair(ks[x], n, hi), BF16)
+        for h in gl.static_range(HALVES):
+            for t in gl.static_range(2):
+                if not ROW_LIMITS:
+                    bias = gl.where(n + t < hi, 0.0, float("-inf"))
+                for e in gl.static_range(2):
+                    one = s[h][2 * t + e]
+                    if KIND == "int4" or KIND == "int8":
+                        one -= zeros[t] * sums[2 * h + e]
+                    if ROW_LIMITS:
+                        if KIND != "dense":
+                            one *= scales[t]
+                        one = gl.where(n + t < limits[2 * h + e], one, float("-inf"))
+                    elif KIND != "dense":
+                        one = gl.fma(one, scales[t], bias)
+                    else:
+                        one += bias
+                    scores = scores + (one,)
+    return scores
+
+
+@gluon.jit
+def weigh_step(
+    scores, vs, factors, m, l, unit, first, g, hi, KIND: gl.constexpr, BF16: gl.constexpr,
+    HALVES: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
+    """Weights of a step, that of query q = 2h + e and key i = 2x + t at q * KEYS / 8 + i; what sums
+    so far are to be multiplied by; the new largest scores, sums of weights and unit."""
+    if KIND != "dense":
+        value_scales = ()
+        for x in gl.static_range(KEYS // 16):
+            n = first + 16 * x + 2 * g
+            value_scales = value_scales + unpack_halves(valid_pair(vs[x], n, hi), BF16)
+        largest = gl.abs(value_scales[0])
+        for i in gl.static_range(1, KEYS // 8):
+            largest = gl.maximum(largest, gl.abs(value_scales[i]))
+        largest = gl.maximum(unit, keys_max(largest))
+        shrink = unit / largest
+        inverse = 1.0 / largest
+        unit = largest
+    new_m = ()
+    new_l = ()
+    alphas = ()
+    weights = ()
+    for q in gl.static_range(2 * HALVES):
+        top = scores[score_place(q, 0, HALVES)]
+        for i in gl.static_range(1, KEYS // 8):
+            top = gl.maximum(top, scores[score_place(q, i, HALVES)])
+        top = gl.maximum(m[q], keys_max(top) * factors[q])
+        shift = gl.where(top == float("-inf"), 0.0, top)
+        alpha = power_of_two(m[q] - shift)
+        total = l[q] * alpha
+        for i in gl.static_range(KEYS // 8):
+            p = gl.fma(scores[score_place(q, i, HALVES)], factors[q], 0.0 - shift)
+            p = power_of_two(p)
+            total += p
+            if KIND != "dense":
+                p = p * (value_scales[i] * inverse)
+            weights = weights + (p,)
+        if KIND != "dense":
+            alpha = alpha * shrink
+        new_m = new_m + (top,)
+        new_l = new_l + (total,)
+        alphas = alphas + (alpha,)
+    return weights, alphas, new_m, new_l, unit
+
+
+@gluon.jit
+def add_step(
+    step, weights, alphas, acc, zero_acc, first, c, hi, KIND: gl.constexpr, BF16: gl.constexpr,
+    HALVES: gl.constexpr, KEYS: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """acc, zero_acc: the weighted sums of values, of zero points, with those of a step."""
+    v, _, vz = step
+    rescaled = ()
+    for j in gl.static_range(ROWS):
+        for h in gl.static_range(HALVES):
+            old = acc[j * HALVES + h]
+            rescaled = rescaled + ((
+                old[0] * alphas[2 * h], old[1] * alphas[2 * h + 1],
+                old[2] * alphas[2 * h], old[3] * alphas[2 * h + 1],
+            ),)  # fmt: skip
+    acc = rescaled
+    if KIND == "int4":
+        rescaled = ()
+        for h in gl.static_range(HALVES):
+            old = zero_acc[h]
+            rescaled = rescaled + (
+                (old[0] * alphas[2 * h], old[1] * alphas[2 * h + 1], old[2], old[3]),
+            )
+        zero_acc = rescaled
+    for x in gl.static_range(KEYS // 16):
+        near = value_operands(v[4 * x], v[4 * x + 2], KIND)
+        far = value_operands(v[4 * x + 1], v[4 * x + 3], KIND)
+        columns = ()
+        for h in gl.static_range(HALVES):
+            for t in gl.static_range(2):
+                pair = pack_halves(
+                    weights[2 * h * (KEYS // 8) + 2 * x + t],
+                    weights[(2 * h + 1) * (KEYS // 8) + 2 * x + t],
+                    BF16 and KIND == "dense",
+                )
+                columns = columns + (transpose(pair),)
+        added = ()
+        for j in gl.static_range(ROWS):
+            a = (near[2 * j], near[2 * j + 1], far[2 * j], far[2 * j + 1])
+            for h in gl.static_range(HALVES):
+                product = multiply(
+                    a, columns[2 * h], columns[2 * h + 1], acc[j * HALVES + h],
+                    BF16 and KIND == "dense",
+                )  # fmt: skip
+                added = added + (product,)
+        acc = added
+        if KIND == "int4":
+            n = first + 16 * x + 4 * c
+            z0 = valid_pair(vz[2 * x], n, hi)
+            z1 = valid_pair(vz[2 * x + 1], n + 2, hi)
+            if BF16:
+                low, high = unpack_halves(z0, True)
+                z0 = pack_halves(low, high, False)
+                low, high = unpack_halves(z1, True)
+                z1 = pack_halves(low, high, False)
+            near = permute_bytes(z0, z1, 0x5410)
+            far = permute_bytes(z0, z1, 0x7632)
+            nil = gl.full(near.shape, 0, gl.int32, near.type.layout)
+            added = ()
+            for h in gl.static_range(HALVES):
+                product = multiply(
+                    (near, nil, far, nil), columns[2 * h], columns[2 * h + 1], zero_acc[h], False
+                )
+                added = added + (product,)
+            zero_acc = added
+    return acc, zero_acc
+
+
+@gluon.jit
 def attend_few(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
     q_len, k_len, tiles, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
@@ -516,7 +701,7 @@ def attend_few(
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
     K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLITS: gl.constexpr, HALVES: gl.constexpr,
-    KEYS: gl.constexpr, WARPS: gl.constexpr,
+    KEYS: gl.constexpr, WARPS: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """8 * HALVES rows of one key head against a part of its keys; see attend, whose grid this has.
 
@@ -578,9 +763,11 @@ def attend_few(
     lo = split * per_split
     hi = gl.minimum(lo + per_split, last)
     first = lo + warp * KEYS
-    step = load_step(
-        K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
-        K_KIND, V_KIND, K_TOKEN, V_TOKEN, K_WORDS, V_WORDS, KEYS, WARPS,
+    keys = load_key_step(
+        K, K_SCALE, K_ZEROS, first, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS, WARPS
+    )  # fmt: skip
+    values = load_value_step(
+        V, V_SCALE, V_ZEROS, first, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS, WARPS
     )  # fmt: skip
     keep_loads_here()
 
@@ -606,186 +793,99 @@ def attend_few(
             limits = limits + (gl.where(query < q_len, seen, 0),)
 
     zero = gl.full([WARPS, 32], 0.0, gl.float32, L)
-    nil = gl.full([WARPS, 32], 0, gl.int32, L)
-    QUANTISED_V: gl.constexpr = V_KIND != "dense"
-    BF16_K: gl.constexpr = BF16 and K_KIND == "dense"
-    BF16_V: gl.constexpr = BF16 and V_KIND == "dense"
     ROWS: gl.constexpr = DIM // 16  # products that make up the dims
-    acc = ()
-    for _ in gl.static_range(ROWS * HALVES):
-        acc = acc + ((zero, zero, zero, zero),)
-    zero_acc = ((zero, zero, zero, zero),) * HALVES
+    acc = zeros_of(ROWS * HALVES, WARPS)
+    zero_acc = zeros_of(HALVES, WARPS)
     m = (zero - float("inf"),) * (2 * HALVES)
     l = (zero,) * (2 * HALVES)  # noqa: E741
-    unit = zero + (TINY if QUANTISED_V else 1.0)
+    unit = zero + (TINY if V_KIND != "dense" else 1.0)
 
     steps = (hi - lo + STRIDE - 1) // STRIDE
-    for _ in range(steps):
-        k, ks, kz, v, vs, vz = step
-        # scores of 16 keys at a time: of keys 2g and 2g + 1, queries 2c and 2c + 1
-        scores = ()
-        value_scales = ()
-        for x in gl.static_range(KEYS // 16):
-            n = first + 16 * x + 2 * g
-            s = ((zero, zero, zero, zero),) * HALVES
-            near = key_operands(k[2 * x], K_KIND)
-            far = key_operands(k[2 * x + 1], K_KIND)
-            for i in gl.static_range(len(near) // 2):
-                a = (near[2 * i], far[2 * i], near[2 * i + 1], far[2 * i + 1])
-                added = ()
-                for h in gl.static_range(HALVES):
-                    added = added + (
-                        multiply(a, queries[h][2 * i], queries[h][2 * i + 1], s[h], BF16_K),
-                    )
-                s = added
-            if K_KIND == "int4":
-                zeros = unpack_halves(valid_pair(kz[x], n, hi), BF16)
-            if K_KIND == "int8":
-                zeros = (128.0, 128.0)
-            if K_KIND != "dense":
-                scales = unpack_halves(valid_pair(ks[x], n, hi), BF16)
-            for h in gl.static_range(HALVES):
-                for t in gl.static_range(2):
-                    if not ROW_LIMITS:
-                        bias = gl.where(n + t < hi, 0.0, float("-inf"))
-                    for e in gl.static_range(2):
-                        one = s[h][2 * t + e]
-                        if K_KIND == "int4" or K_KIND == "int8":
-                            one -= zeros[t] * sums[2 * h + e]
-                        if ROW_LIMITS:
-                            if K_KIND != "dense":
-                                one *= scales[t]
-                            one = gl.where(n + t < limits[2 * h + e], one, float("-inf"))
-                        elif K_KIND != "dense":
-                            one = gl.fma(one, scales[t], bias)
-                        else:
-                            one += bias
-                        scores = scores + (one,)
-            if QUANTISED_V:
-                value_scales = value_scales + unpack_halves(valid_pair(vs[x], n, hi), BF16)
-        if V_KIND == "int4":
-            value_zeros = ()
-            for x in gl.static_range(KEYS // 16):
-                n = first + 16 * x + 4 * c
-                z0 = valid_pair(vz[2 * x], n, hi)
-                z1 = valid_pair(vz[2 * x + 1], n + 2, hi)
-                if BF16:
-                    low, high = unpack_halves(z0, True)
-                    z0 = pack_halves(low, high, False)
-                    low, high = unpack_halves(z1, True)
-                    z1 = pack_halves(low, high, False)
-                value_zeros = value_zeros + (
-                    permute_bytes(z0, z1, 0x5410), permute_bytes(z0, z1, 0x7632)
-                )  # fmt: skip
-        first += STRIDE
-        next_step = load_step(
-            K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
-            K_KIND, V_KIND, K_TOKEN, V_TOKEN, K_WORDS, V_WORDS, KEYS, WARPS,
+    if ORDER == 0:
+        for _ in range(steps):
+            scores = score_step(
+                keys, queries, sums, limits, first, g, hi, K_KIND, BF16, ROW_LIMITS, HALVES, KEYS,
+                WARPS,
+            )  # fmt: skip
+            keys = load_key_step(
+                K, K_SCALE, K_ZEROS, first + STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS, WARPS
+            )  # fmt: skip
+            next_values = load_value_step(
+                V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS, WARPS
+            )  # fmt: skip
+            keep_loads_here()
+            weights, alphas, m, l, unit = weigh_step(  # noqa: E741
+                scores, values[1], factors, m, l, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
+            )  # fmt: skip
+            acc, zero_acc = add_step(
+                values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS,
+                ROWS,
+            )  # fmt: skip
+            values = next_values
+            first += STRIDE
+    else:
+        scores = score_step(
+            keys, queries, sums, limits, first, g, hi, K_KIND, BF16, ROW_LIMITS, HALVES, KEYS,
+            WARPS,
         )  # fmt: skip
-        keep_loads_here()
-
-        # weights
-        if QUANTISED_V:
-            largest = unit
-            for i in gl.static_range(KEYS // 8):
-                largest = gl.maximum(largest, gl.abs(value_scales[i]))
-            largest = keys_max(largest)
-            shrink = unit / largest
-            inverse = 1.0 / largest
-            unit = largest
-        new_m = ()
-        new_l = ()
-        alphas = ()
-        weights = ()  # of query 2h + e, key 2x + t: at (2h + e) * KEYS / 8 + 2x + t
-        for q in gl.static_range(2 * HALVES):
-            top = zero - float("inf")
-            for i in gl.static_range(KEYS // 8):
-                top = gl.maximum(top, scores[score_place(q, i, HALVES)])
-            top = gl.maximum(m[q], keys_max(top) * factors[q])
-            shift = gl.where(top == float("-inf"), 0.0, top)
-            alpha = power_of_two(m[q] - shift)
-            total = l[q] * alpha
-            for i in gl.static_range(KEYS // 8):
-                p = scores[score_place(q, i, HALVES)]
-                p = power_of_two(gl.fma(p, factors[q], 0.0 - shift))
-                total += p
-                if QUANTISED_V:
-                    p = p * (value_scales[i] * inverse)
-                weights = weights + (p,)
-            if QUANTISED_V:
-                alpha = alpha * shrink
-            new_m = new_m + (top,)
-            new_l = new_l + (total,)
-            alphas = alphas + (alpha,)
-        m = new_m
-        l = new_l  # noqa: E741
-
-        # values, 16 keys at a time
-        rescaled = ()
-        for j in gl.static_range(ROWS):
-            for h in gl.static_range(HALVES):
-                old = acc[j * HALVES + h]
-                rescaled = rescaled + ((
-                    old[0] * alphas[2 * h], old[1] * alphas[2 * h + 1],
-                    old[2] * alphas[2 * h], old[3] * alphas[2 * h + 1],
-                ),)  # fmt: skip
-        acc = rescaled
-        if V_KIND == "int4":
-            rescaled = ()
-            for h in gl.static_range(HALVES):
-                old = zero_acc[h]
-                rescaled = rescaled + (
-                    (old[0] * alphas[2 * h], old[1] * alphas[2 * h + 1], old[2], old[3]),
-                )
-            zero_acc = rescaled
-        for x in gl.static_range(KEYS // 16):
-            near = value_operands(v[4 * x], v[4 * x + 2], V_KIND)
-            far = value_operands(v[4 * x + 1], v[4 * x + 3], V_KIND)
-            columns = ()
-            for h in gl.static_range(HALVES):
-                for t in gl.static_range(2):
-                    pair = pack_halves(
-                        weights[2 * h * (KEYS // 8) + 2 * x + t],
-                        weights[(2 * h + 1) * (KEYS // 8) + 2 * x + t],
-                        BF16_V,
-                    )
-                    columns = columns + (transpose(pair),)
-            added = ()
-            for j in gl.static_range(ROWS):
-                a = (near[2 * j], near[2 * j + 1], far[2 * j], far[2 * j + 1])
-                for h in gl.static_range(HALVES):
-                    added = added + (
-                        multiply(
-                            a, columns[2 * h], columns[2 * h + 1], acc[j * HALVES + h], BF16_V
-                        ),
-                    )
-            acc = added
-            if V_KIND == "int4":
-                a = (value_zeros[2 * x], nil, value_zeros[2 * x + 1], nil)
-                added = ()
-                for h in gl.static_range(HALVES):
-                    added = added + (
-                        multiply(a, columns[2 * h], columns[2 * h + 1], zero_acc[h], False),
-                    )
-                zero_acc = added
-        step = next_step
+        keys = load_key_step(
+            K, K_SCALE, K_ZEROS, first + STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS, WARPS
+        )  # fmt: skip
+        for _ in range(steps):
+            if ORDER == 1:
+                next_keys = load_key_step(
+                    K, K_SCALE, K_ZEROS, first + 2 * STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS,
+                    K_WORDS, WARPS,
+                )  # fmt: skip
+                next_values = load_value_step(
+                    V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS,
+                    WARPS,
+                )  # fmt: skip
+                keep_loads_here()
+            next_scores = score_step(
+                keys, queries, sums, limits, first + STRIDE, g, hi, K_KIND, BF16, ROW_LIMITS,
+                HALVES, KEYS, WARPS,
+            )  # fmt: skip
+            if ORDER == 2:
+                next_keys = load_key_step(
+                    K, K_SCALE, K_ZEROS, first + 2 * STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS,
+                    K_WORDS, WARPS,
+                )  # fmt: skip
+            weights, alphas, m, l, unit = weigh_step(  # noqa: E741
+                scores, values[1], factors, m, l, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
+            )  # fmt: skip
+            acc, zero_acc = add_step(
+                values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS,
+                ROWS,
+            )  # fmt: skip
+            if ORDER == 2:
+                next_values = load_value_step(
+                    V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS,
+                    WARPS,
+                )  # fmt: skip
+                keep_loads_here()
+            keys = next_keys
+            values = next_values
+            scores = next_scores
+            first += STRIDE
 
     # the warps' parts, in units of the largest score and scale of all of them
-    small = gl.allocate_shared_memory(
-        gl.float32, [WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )  # fmt: skip
-    units = gl.max(over_warps(small, unit, WARPS), axis=0)
-    weights = ()
-    totals = ()
+    shared = over_warps((unit,) + m, WARPS)
+    units = gl.max(shared[0], axis=0)
     tops = ()
+    weights = ()
+    parts_of_totals = ()
     for q in gl.static_range(2 * HALVES):
-        top = gl.max(over_warps(small, m[q], WARPS), axis=0)
+        top = gl.max(shared[1 + q], axis=0)
         tops = tops + (top,)
         shift = for_lanes(gl.where(top == float("-inf"), 0.0, top), WARPS)
         weight = power_of_two(m[q] - shift)
-        total = keys_sum(l[q]) * weight
-        totals = totals + (gl.sum(over_warps(small, total, WARPS), axis=0),)
+        parts_of_totals = parts_of_totals + (keys_sum(l[q]) * weight,)
         weights = weights + (weight * (unit / for_lanes(units, WARPS)),)
+    shared = over_warps(parts_of_totals, WARPS)
+    totals = ()
+    for q in gl.static_range(2 * HALVES):
+        totals = totals + (gl.sum(shared[q], axis=0),)
     REGISTERS: gl.constexpr = ROWS * HALVES * 4
     parts = gl.allocate_shared_memory(
         gl.float32, [WARPS, REGISTERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])

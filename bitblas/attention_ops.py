@@ -1,0 +1,344 @@
+"""The registered attention operators, their border, and what serves a call.
+
+Behind the border keys are [batch, tokens, heads, dim] whatever their layout, which their strides
+tell.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from .attention_config import FlashAttenConfig
+from .config import TORCH_DTYPES
+from .log import logger
+from .operands import check_tensor
+from .quantization.kv_cache import QuantizedKV
+from .torch_ops import share_memory
+
+BACKENDS = ("auto", "triton", "cudnn", "flash", "math", "torch")
+_TORCH_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_MOST_DIM = 256  # of "triton", "cudnn" and "flash"
+
+Optional = torch.Tensor | None
+_OPERANDS = (
+    "Tensor Q, Tensor K, Tensor V, Tensor? k_scale, Tensor? k_zeros, Tensor? v_scale, "
+    "Tensor? v_zeros, Tensor? kv_len, str config, str backend"
+)
+_library = torch.library.Library("bitblas", "FRAGMENT")
+_library.define(f"attention({_OPERANDS}) -> Tensor")
+_library.define(f"attention_out({_OPERANDS}, Tensor(a!) out) -> ()")
+
+
+def choose(
+    config: FlashAttenConfig,
+    backend: str,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    lengths_vary: bool = False,
+) -> str:
+    """What serves a call: the backend that is asked for, or for "auto" what should be fastest.
+
+    lengths_vary: kv_len is a tensor. Raises ValueError where the backend cannot serve the call.
+    """
+    gpu = Q.device.type == "cuda"
+    q_len, k_len = Q.shape[1], V.shape[1]
+    if backend == "auto":
+        if not gpu or config.dim > _MOST_DIM:
+            return "torch"
+        few = config.heads // config.kv_heads * q_len <= 16  # type: ignore[operator]
+        oblique = config.is_causal and q_len != k_len
+        if config.is_quantized or lengths_vary or few or oblique or config.dim % 8:
+            return "triton"
+        return "cudnn"
+    if backend in ("triton", "cudnn", "flash"):
+        if not gpu:
+            raise ValueError(f"backend: {backend!r} runs on GPUs, Q is on {Q.device}")
+        if config.dim > _MOST_DIM:
+            raise ValueError(
+                f"backend: {backend!r} takes dims of up to {_MOST_DIM}, got {config.dim}"
+            )
+    if backend == "cudnn" and config.is_causal and q_len != k_len:
+        raise ValueError(
+            f"backend: 'cudnn' masks causally for equal lengths only, got {q_len} queries and "
+            f"{k_len} keys"
+        )
+    if backend in ("cudnn", "flash") and lengths_vary:
+        raise ValueError(f"backend: {backend!r} takes no tensor as kv_len")
+    return backend
+
+
+@cache
+def _report(choice: str, wanted: str, key: str, few: bool, device: str) -> None:
+    """Once for each kind of call."""
+    kind = "decode" if few else "prefill"
+    logger.info("attention on %s, %s, backend %r: %s; %s", device, kind, wanted, choice, key)
+
+
+def _attention(
+    Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
+    k_scale: Optional, k_zeros: Optional, v_scale: Optional, v_zeros: Optional, kv_len: Optional,
+    config: str, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    out = torch.empty_like(Q, memory_format=torch.contiguous_format)
+    _attention_out(Q, K, V, k_scale, k_zeros, v_scale, v_zeros, kv_len, config, backend, out)
+    return out
+
+
+def _attention_out(
+    Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
+    k_scale: Optional, k_zeros: Optional, v_scale: Optional, v_zeros: Optional, kv_len: Optional,
+    config: str, backend: str, out: torch.Tensor,
+) -> None:  # fmt: skip
+    cfg = FlashAttenConfig.from_key(config)
+    numbers = (k_scale, k_zeros, v_scale, v_zeros)
+    K = _check_call(cfg, Q, K, V, numbers, kv_len)
+    _check_output(Q, out)
+    if out.numel() == 0:
+        return
+    if V.shape[1] == 0:
+        out.zero_()
+        return
+    choice = choose(cfg, backend, Q, K, V, kv_len is not None)
+    _report(choice, backend, config, Q.shape[1] <= 16, str(Q.device))
+    if choice != "triton":
+        out.copy_(_by_torch(cfg, choice, Q, K, V, numbers, kv_len))
+        return
+    from .kernels import attention as kernels
+
+    apart = out.stride(3) == 1 and not any(share_memory(out, x) for x in (Q, K, V))
+    into = out if apart else torch.empty_like(Q, memory_format=torch.contiguous_format)
+    Q, V = (x if x.stride(3) == 1 else x.contiguous() for x in (Q, V))
+    K = K if 1 in (K.stride(3), K.stride(1)) else K.contiguous()
+    kernels.run(kernels.Operands(Q, K, V, *numbers, kv_len), into, cfg.is_causal)
+    if into is not out:
+        out.copy_(into)
+
+
+def differentiable(
+    config: FlashAttenConfig,
+    backend: str,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    kv_len: Optional,
+) -> torch.Tensor:
+    """Attention by torch's own operators, which have gradients. Raises ValueError for what has
+    none: quantised keys or values, lengths in a tensor, the backend "triton"."""
+    if config.is_quantized or kv_len is not None or backend == "triton":
+        raise ValueError(
+            "Q, K, V: one requires a gradient, which goes with 16-bit keys and values, no tensor as "
+            "kv_len and a backend of torch; detach them or use torch.no_grad()"
+        )
+    K = _check_call(config, Q, K, V, (None,) * 4, None)
+    wanted = "torch" if backend == "auto" else choose(config, backend, Q, K, V)
+    return _by_torch(config, wanted, Q, K, V, (None,) * 4, None)
+
+
+def _by_torch(
+    config: FlashAttenConfig,
+    choice: str,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    numbers: tuple[Optional, ...],
+    kv_len: Optional,
+) -> torch.Tensor:
+    """By scaled_dot_product_attention; quantised keys and values are expanded, in float32."""
+    dtype = Q.dtype
+    if config.is_quantized:
+        k_scale, k_zeros, v_scale, v_zeros = numbers
+        Q, K, V = Q.float(), _values(K, k_scale, k_zeros), _values(V, v_scale, v_zeros)
+    elif choice == "cudnn" and K.stride(3) != 1:
+        from .kernels import attention as kernels
+
+        K = kernels.transpose_keys(K)
+    if kv_len is None:
+        return _scaled_dot_product(config, choice, Q, K, V).to(dtype)
+    out = torch.zeros_like(Q, memory_format=torch.contiguous_format)
+    for b, length in enumerate(kv_len.tolist()):
+        length = min(max(length, 0), V.shape[1])
+        seen = min(length, Q.shape[1]) if config.is_causal else Q.shape[1]
+        if length and seen:  # the first causal queries of more queries than keys see none
+            rows = slice(b, b + 1), slice(Q.shape[1] - seen, None)
+            keys = slice(b, b + 1), slice(length)
+            out[rows] = _scaled_dot_product(config, choice, Q[rows], K[keys], V[keys])
+    return out.to(dtype)
+
+
+def _values(x: torch.Tensor, scale: Optional, zeros: Optional) -> torch.Tensor:
+    return x.float() if scale is None else QuantizedKV(x, scale, zeros).dequantize()
+
+
+def _scaled_dot_product(
+    config: FlashAttenConfig, choice: str, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor
+) -> torch.Tensor:
+    oblique = config.is_causal and Q.shape[1] != K.shape[1]
+    backend = _TORCH_BACKENDS.get(choice)
+    mask: Any = None
+    if oblique:
+        mask = causal_lower_right(Q.shape[1], K.shape[1])
+        if choice != "flash":
+            mask = torch.ones((Q.shape[1], K.shape[1]), dtype=torch.bool, device=Q.device)
+            mask = mask.tril(K.shape[1] - Q.shape[1])
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        product: torch.Tensor = scaled_dot_product_attention(
+            Q.transpose(1, 2),
+            K.transpose(1, 2),
+            V.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=config.is_causal and not oblique,
+            enable_gqa=config.heads != config.kv_heads,
+        )
+    return product.transpose(1, 2)
+
+
+# --- the border ------------------------------------------------------------------------------
+
+
+def _check_call(
+    config: FlashAttenConfig,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    numbers: tuple[Optional, ...],
+    kv_len: Optional,
+) -> torch.Tensor:
+    """Raise ValueError or TypeError unless the operands fit the config. Returns K as [batch,
+    tokens, heads, dim]."""
+    heads, kv_heads, dim = config.heads, config.kv_heads, config.dim
+    assert kv_heads is not None
+    _check_tensor("Q", Q, config.Q_dtype, 2, 3, heads, dim)
+    k_dim = dim // 2 if config.K_dtype == "int4" else dim
+    v_dim = dim // 2 if config.V_dtype == "int4" else dim
+    if config.layout == "ntn":
+        _check_tensor("K", K, config.K_dtype, 2, 1, kv_heads, k_dim)
+        K = K.permute(0, 3, 2, 1)
+    else:
+        _check_tensor("K", K, config.K_dtype, 2, 3, kv_heads, k_dim)
+    _check_tensor("V", V, config.V_dtype, 2, 3, kv_heads, v_dim)
+    if not (Q.shape[0] == K.shape[0] == V.shape[0]) or K.shape[1] != V.shape[1]:
+        raise ValueError(
+            f"K, V: got batch {K.shape[0]}, {V.shape[0]} and length {K.shape[1]}, {V.shape[1]}, "
+            f"expected Q's batch {Q.shape[0]} and one length"
+        )
+    for name, x in (("K", K), ("V", V)):
+        _check_device(name, x, Q)
+    if kv_len is not None:
+        check_tensor("kv_len", kv_len)
+        if kv_len.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"kv_len: got {kv_len.dtype}, expected torch.int32 or torch.int64")
+        if tuple(kv_len.shape) != (Q.shape[0],):
+            raise ValueError(
+                f"kv_len: got shape {tuple(kv_len.shape)}, expected {(Q.shape[0],)}, the batch"
+            )
+        _check_device("kv_len", kv_len, Q)
+    elif config.is_causal and Q.shape[1] > V.shape[1]:
+        raise ValueError(
+            f"Q: {Q.shape[1]} causal queries need as many keys, got {V.shape[1]}"
+        )
+    _check_numbers("k", "K_dtype", config.K_dtype, numbers[:2], Q, V)
+    _check_numbers("v", "V_dtype", config.V_dtype, numbers[2:], Q, V)
+    return K
+
+
+def _check_tensor(
+    name: str, x: torch.Tensor, dtype: str, heads_axis: int, dim_axis: int, heads: int, dim: int
+) -> None:
+    """Raise unless x is a 4-D tensor of `dtype` with so many heads and dims."""
+    check_tensor(name, x)
+    if x.dtype != TORCH_DTYPES[dtype]:
+        raise TypeError(f"{name}: got {x.dtype}, expected {TORCH_DTYPES[dtype]} for {dtype}")
+    if x.dim() != 4 or x.shape[heads_axis] != heads or x.shape[dim_axis] != dim:
+        packed = ", two int4 codes in a byte" if dtype == "int4" else ""
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions with {heads} on axis "
+            f"{heads_axis} (heads) and {dim} on axis {dim_axis} (dim{packed})"
+        )
+
+
+def _check_numbers(
+    which: str,
+    field: str,
+    dtype: str,
+    numbers: tuple[Optional, ...],
+    Q: torch.Tensor,
+    V: torch.Tensor,
+) -> None:
+    """Raise unless scale and zeros are those that a dtype of keys or values needs."""
+    scale, zeros = numbers
+    quantised = dtype in ("int8", "e4m3_float8", "int4")
+    for name, x, needed in (
+        (f"{which}_scale", scale, quantised),
+        (f"{which}_zeros", zeros, dtype == "int4"),
+    ):
+        if x is None:
+            if needed:
+                raise ValueError(f"{name}: missing, {field} is {dtype!r}")
+            continue
+        if not needed:
+            raise ValueError(f"{name}: got a tensor, but {field} is {dtype!r}")
+        check_tensor(name, x)
+        if tuple(x.shape) != tuple(V.shape[:3]):
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected {tuple(V.shape[:3])}, one for "
+                f"each token and head"
+            )
+        if x.dtype not in (Q.dtype, torch.float32):
+            raise TypeError(f"{name}: got {x.dtype}, expected {Q.dtype} or torch.float32")
+        _check_device(name, x, Q)
+    if scale is not None and zeros is not None:
+        if zeros.stride() != scale.stride() or zeros.dtype != scale.dtype:
+            raise ValueError(
+                f"{which}_zeros: got strides {zeros.stride()} {zeros.dtype}, expected those of "
+                f"{which}_scale, {scale.stride()} {scale.dtype}"
+            )
+
+
+def _check_device(name: str, x: torch.Tensor, Q: torch.Tensor) -> None:
+    if x.device != Q.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {Q.device}, where Q is")
+
+
+def _check_output(Q: torch.Tensor, out: torch.Tensor) -> None:
+    check_tensor("output", out)
+    if out.shape != Q.shape or out.dtype != Q.dtype or out.device != Q.device:
+        raise ValueError(
+            f"output: got shape {tuple(out.shape)} {out.dtype} on {out.device}, "
+            f"expected {tuple(Q.shape)} {Q.dtype} on {Q.device}"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
+        raise ValueError(
+            f"output: got strides {out.stride()} for shape {tuple(out.shape)}, expected a tensor "
+            f"whose elements do not share memory"
+        )
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention", _attention, _device)
+    _library.impl("attention_out", _attention_out, _device)
+
+
+@torch.library.register_fake("bitblas::attention", lib=_library)
+def _(Q, K, V, k_scale, k_zeros, v_scale, v_zeros, kv_len, config, backend):  # type: ignore[no-untyped-def]
+    cfg = FlashAttenConfig.from_key(config)
+    _check_call(cfg, Q, K, V, (k_scale, k_zeros, v_scale, v_zeros), kv_len)
+    return torch.empty_like(Q, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("bitblas::attention_out", lib=_library)
+def _(Q, K, V, k_scale, k_zeros, v_scale, v_zeros, kv_len, config, backend, out):  # type: ignore[no-untyped-def]
+    cfg = FlashAttenConfig.from_key(config)
+    _check_call(cfg, Q, K, V, (k_scale, k_zeros, v_scale, v_zeros), kv_len)
+    _check_output(Q, out)
