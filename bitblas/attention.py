@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .attention_config import FlashAttenConfig
-from .attention_ops import BACKENDS, choose, differentiable
+from .attention_ops import BACKENDS, Optional, choose, differentiable
 from .matmul import Operator
 
 __all__ = ["FlashAtten", "FlashAttenConfig"]
@@ -19,13 +19,14 @@ _FORMER_BACKENDS = ("tl", "tir", "tilelang")  # names of BitBLAS 0.1: all mean "
 class FlashAtten(Operator):
     """A FlashAttenConfig's operator.
 
-    backend says what serves calls: "auto" (so do the names of BitBLAS 0.1, such as "tl") takes what
-    should be fastest; "triton" this library's kernels (GPU only), "cudnn" and "flash" torch's (GPU
-    only, 16-bit keys and values), "math" and "torch" torch's plain and torch's own choice.
+    backend says what serves calls: "auto" (so do the names of BitBLAS 0.1, such as "tl") takes
+    what should be fastest; "triton" this library's kernels, "cudnn" and "flash" torch's, all three
+    on GPUs only; "math" torch's plain one, "torch" what torch chooses. "cudnn" and "flash" get
+    16-bit keys and values, contiguous along dim: of others, as keys of layout "ntn", copies.
     `choice` tells which it is for a call; the logger "bitblas" says so once, at level INFO.
     enable_tuning and from_database are accepted, without effect.
 
-    Raises ValueError for an unknown backend, and for one that takes no quantised keys or values.
+    Raises ValueError for an unknown backend.
     """
 
     config: FlashAttenConfig
@@ -44,8 +45,6 @@ class FlashAtten(Operator):
         chosen = str(getattr(backend, "value", backend))
         if chosen not in BACKENDS + _FORMER_BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-        if chosen in ("cudnn", "flash") and config.is_quantized:
-            raise ValueError(f"backend: {chosen!r} takes no quantised keys or values")
         super().__init__(config, name, target)
         self.backend = "auto" if chosen in _FORMER_BACKENDS else chosen
         self._key = config.key
@@ -74,7 +73,7 @@ class FlashAtten(Operator):
         16-bit Q, K and V may require gradients: torch's own operators serve then. Raises ValueError
         or TypeError that names the operand.
         """
-        numbers = (k_scale, k_zeros, v_scale, v_zeros)
+        numbers: tuple[Optional, ...] = (k_scale, k_zeros, v_scale, v_zeros)
         for name, x in zip(_NAMES, (Q, K, V, *numbers, output)):
             if not isinstance(x, torch.Tensor) and (x is not None or name in ("Q", "K", "V")):
                 raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
@@ -92,21 +91,19 @@ class FlashAtten(Operator):
         torch.ops.bitblas.attention_out(*operands, output)
         return output
 
-    def choice(
-        self, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, kv_len: Any = None
-    ) -> str:
+    def choice(self, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, kv_len: Any = None) -> str:
         """What serves a call with such operands: "triton", "cudnn", "flash", "math", "torch"."""
         return choose(self.config, self.backend, Q, K, V, isinstance(kv_len, torch.Tensor))
 
     def _shorten(
-        self, K: torch.Tensor, V: torch.Tensor, numbers: tuple[torch.Tensor | None, ...], kv_len: int
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        self, K: torch.Tensor, V: torch.Tensor, numbers: tuple[Optional, ...], kv_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Optional, ...]]:
         """Their first kv_len tokens."""
         axis = 3 if self.config.layout == "ntn" else 1
         if isinstance(kv_len, bool) or not isinstance(kv_len, int):
             raise TypeError(f"kv_len: got {kv_len!r}, expected an integer or a tensor")
         longest = min(K.shape[axis], V.shape[1])
         if not 0 <= kv_len <= longest:
-            raise ValueError(f"kv_len: got {kv_len}, expected 0 to {longest}, the length of K and V")
+            raise ValueError(f"kv_len: got {kv_len}, expected 0 to {longest}, K's and V's length")
         shorter = tuple(None if x is None else x[:, :kv_len] for x in numbers)
         return K.narrow(axis, 0, kv_len), V[:, :kv_len], shorter

@@ -20,8 +20,8 @@ class FlashAttenConfig:
     Q, V and the output are [batch, seq, heads, dim]; K the same for layout "nnn" and
     [batch, dim, heads, seq] for "ntn". batch, seq_len: hints; calls take any. Q and the output are
     float16 or bfloat16; K and V have that dtype too or, each for itself, are quantised: "int8",
-    "e4m3_float8" or "int4" (bitblas.quantize_kv), dim up to 256. Raises ValueError naming the field,
-    the value and what is valid.
+    "e4m3_float8" or "int4" (bitblas.quantize_kv), dim up to 256. Raises ValueError naming the
+    field, the value and what is valid.
     """
 
     batch: int = None  # type: ignore[assignment]

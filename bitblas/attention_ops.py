@@ -29,6 +29,9 @@ _TORCH_BACKENDS = {
     "math": SDPBackend.MATH,
 }
 _MOST_DIM = 256  # of "triton", "cudnn" and "flash"
+# Of more queries of a key head, quantised keys and values are expanded to 16 bits first: that costs
+# once what reading codes within the kernel costs each tile of queries.
+MOST_ROWS_IN_PLACE = 128
 
 Optional = torch.Tensor | None
 _OPERANDS = (
@@ -57,9 +60,10 @@ def choose(
     if backend == "auto":
         if not gpu or config.dim > _MOST_DIM:
             return "torch"
-        few = config.heads // config.kv_heads * q_len <= 16  # type: ignore[operator]
         oblique = config.is_causal and q_len != k_len
-        if config.is_quantized or lengths_vary or few or oblique or config.dim % 8:
+        in_place = config.is_quantized and _rows(config, q_len) <= MOST_ROWS_IN_PLACE
+        few = _rows(config, q_len) <= 16
+        if in_place or few or lengths_vary or oblique or config.dim % 8:
             return "triton"
         return "cudnn"
     if backend in ("triton", "cudnn", "flash"):
@@ -77,6 +81,12 @@ def choose(
     if backend in ("cudnn", "flash") and lengths_vary:
         raise ValueError(f"backend: {backend!r} takes no tensor as kv_len")
     return backend
+
+
+def _rows(config: FlashAttenConfig, q_len: int) -> int:
+    """Queries that read one key head."""
+    assert config.kv_heads is not None
+    return config.heads // config.kv_heads * q_len
 
 
 @cache
@@ -112,18 +122,49 @@ def _attention_out(
         return
     choice = choose(cfg, backend, Q, K, V, kv_len is not None)
     _report(choice, backend, config, Q.shape[1] <= 16, str(Q.device))
-    if choice != "triton":
+    if choice == "triton":
+        _by_own_kernels(cfg, Q, K, V, numbers, kv_len, out)
+    else:
         out.copy_(_by_torch(cfg, choice, Q, K, V, numbers, kv_len))
-        return
+
+
+def _by_own_kernels(
+    config: FlashAttenConfig,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    numbers: tuple[Optional, ...],
+    kv_len: Optional,
+    out: torch.Tensor,
+) -> None:
     from .kernels import attention as kernels
 
+    if config.is_quantized and _rows(config, Q.shape[1]) > MOST_ROWS_IN_PLACE:
+        K, V, numbers = _expanded(config, Q, K, V, numbers)
     apart = out.stride(3) == 1 and not any(share_memory(out, x) for x in (Q, K, V))
     into = out if apart else torch.empty_like(Q, memory_format=torch.contiguous_format)
     Q, V = (x if x.stride(3) == 1 else x.contiguous() for x in (Q, V))
     K = K if 1 in (K.stride(3), K.stride(1)) else K.contiguous()
-    kernels.run(kernels.Operands(Q, K, V, *numbers, kv_len), into, cfg.is_causal)
+    kernels.run(kernels.Operands(Q, K, V, *numbers[:4], kv_len), into, config.is_causal)
     if into is not out:
         out.copy_(into)
+
+
+def _expanded(
+    config: FlashAttenConfig,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    numbers: tuple[Optional, ...],
+) -> tuple[torch.Tensor, torch.Tensor, tuple[Optional, ...]]:
+    """K and V in 16 bits, contiguous along dim, on a GPU: copies of what is not."""
+    from .kernels import attention as kernels
+
+    if config.K_dtype != config.Q_dtype or K.stride(3) != 1:
+        K = kernels.expand(K, Q, *numbers[:2])
+    if config.V_dtype != config.Q_dtype:
+        V = kernels.expand(V, Q, *numbers[2:])
+    return K, V, (None,) * 4
 
 
 def differentiable(
@@ -138,8 +179,8 @@ def differentiable(
     none: quantised keys or values, lengths in a tensor, the backend "triton"."""
     if config.is_quantized or kv_len is not None or backend == "triton":
         raise ValueError(
-            "Q, K, V: one requires a gradient, which goes with 16-bit keys and values, no tensor as "
-            "kv_len and a backend of torch; detach them or use torch.no_grad()"
+            "Q, K, V: one requires a gradient, which goes with 16-bit keys and values, no tensor "
+            "as kv_len and a backend of torch; detach them or use torch.no_grad()"
         )
     K = _check_call(config, Q, K, V, (None,) * 4, None)
     wanted = "torch" if backend == "auto" else choose(config, backend, Q, K, V)
@@ -155,15 +196,14 @@ def _by_torch(
     numbers: tuple[Optional, ...],
     kv_len: Optional,
 ) -> torch.Tensor:
-    """By scaled_dot_product_attention; quantised keys and values are expanded, in float32."""
+    """By scaled_dot_product_attention. "cudnn" and "flash" want 16 bits, contiguous along dim; else
+    quantised keys and values are expanded to float32."""
     dtype = Q.dtype
-    if config.is_quantized:
+    if choice in ("cudnn", "flash"):
+        K, V, numbers = _expanded(config, Q, K, V, numbers)
+    elif config.is_quantized:
         k_scale, k_zeros, v_scale, v_zeros = numbers
         Q, K, V = Q.float(), _values(K, k_scale, k_zeros), _values(V, v_scale, v_zeros)
-    elif choice == "cudnn" and K.stride(3) != 1:
-        from .kernels import attention as kernels
-
-        K = kernels.transpose_keys(K)
     if kv_len is None:
         return _scaled_dot_product(config, choice, Q, K, V).to(dtype)
     out = torch.zeros_like(Q, memory_format=torch.contiguous_format)
@@ -245,9 +285,7 @@ def _check_call(
             )
         _check_device("kv_len", kv_len, Q)
     elif config.is_causal and Q.shape[1] > V.shape[1]:
-        raise ValueError(
-            f"Q: {Q.shape[1]} causal queries need as many keys, got {V.shape[1]}"
-        )
+        raise ValueError(f"Q: {Q.shape[1]} causal queries need as many keys, got {V.shape[1]}")
     _check_numbers("k", "K_dtype", config.K_dtype, numbers[:2], Q, V)
     _check_numbers("v", "V_dtype", config.V_dtype, numbers[2:], Q, V)
     return K

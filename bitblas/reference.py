@@ -123,7 +123,9 @@ def attention(
         return None if x is None else x[b, :length]
 
     for b, length in enumerate(lengths):
-        keys = dequantize_kv(K[b, :length], shorten(k_scale, b, length), shorten(k_zeros, b, length))
+        keys = dequantize_kv(
+            K[b, :length], shorten(k_scale, b, length), shorten(k_zeros, b, length)
+        )
         values = dequantize_kv(
             V[b, :length], shorten(v_scale, b, length), shorten(v_zeros, b, length)
         )

@@ -1,24 +1,26 @@
 """Launcher of the attention kernels: 16-bit and quantised caches on every GPU from sm_80 up.
 
 `tile_for` says how a problem is cut, `launches` what to start, `run` starts it. Keys come as
-[batch, tokens, heads, dim] whatever their layout in memory, which the strides tell.
+[batch, tokens, heads, dim] whatever their layout in memory, which the strides tell. `expand` makes
+16-bit ones, contiguous along dim, of any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from . import attention_kernels as kernels
+from . import versions
 from .launch import Launch, Varying, Workspace
 from .prepared import Prepared, architecture, current_device, execute
 
-MOST_DIM = 256
+_MOST_SPLITS = 128
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 _MOST_KEPT = 4096  # prepared calls
 
@@ -71,7 +73,7 @@ def launches(
         parts = Workspace((tile.splits, batch, q_len, heads, dim), torch.float32)  # type: ignore[assignment]
         lse = Workspace((tile.splits, batch, q_len, heads), torch.float32)
         rows = batch * q_len * heads
-        o_strides = (rows * dim, q_len * heads * dim, heads * dim, dim)
+        o_strides: Sequence[int] = (rows * dim, q_len * heads * dim, heads * dim, dim)
     else:
         o_strides = (0, *_strides(out)[:3])
     q_strides, k_strides, v_strides = (
@@ -82,7 +84,8 @@ def launches(
         "Q": Q, "K": _bytes(K), "V": _bytes(V), "OUT": parts,
         "K_SCALE": k_scale, "K_ZEROS": k_zeros, "V_SCALE": v_scale, "V_ZEROS": v_zeros,
         "LENGTHS": lengths, "LSE": lse,
-        "q_len": q_len, "k_len": K.shape[1] if k_len is None else k_len, "tiles": tiles,
+        "q_len": q_len, "k_len": K.shape[1] if k_len is None else k_len,
+        "tiles": tiles, "splits": tile.splits,
         **dict(zip(("q_batch", "q_token", "q_head"), q_strides)),
         **dict(zip(("k_batch", "k_token", "k_head", "k_dim"), k_strides)),
         **dict(zip(("v_batch", "v_token", "v_head"), v_strides)),
@@ -91,14 +94,15 @@ def launches(
         **dict(zip(("o_split", "o_batch", "o_token", "o_head"), o_strides)),
     }  # fmt: skip
     padded = max(32, 1 << (dim - 1).bit_length())
+    pdl = tile.splits > 1 and arch >= 90
     constants = {
         "SCALE": math.log2(math.e) / math.sqrt(dim), "GROUP": group, "KV_HEADS": kv_heads,
         "DIM": dim, "D": padded, "CAUSAL": causal,
         "K_KIND": kind_of(K, Q), "V_KIND": kind_of(V, Q),
         "UNIT_Q": units["Q"], "UNIT_K": units["K"], "UNIT_V": units["V"],
-        "K_DIM_MAJOR": dim_major, "SPLITS": tile.splits,
+        "K_DIM_MAJOR": dim_major, "SPLIT": tile.splits > 1,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PEEL": tile.block_m > 16,
-        "NATIVE_FP8": arch >= 89,
+        "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
     if tile.kernel == "few":
@@ -110,13 +114,15 @@ def launches(
     if tile.splits > 1:
         combined = {
             "PARTS": parts, "LSE": lse, "OUT": out, "rows": rows, "q_len": q_len,
+            "splits": tile.splits,
             **dict(zip(("o_batch", "o_token", "o_head"), _strides(out))),
         }  # fmt: skip
         constants = {
-            "HEADS": heads, "DIM": dim, "D": padded, "SPLITS": tile.splits,
-            "PADDED": 1 << (tile.splits - 1).bit_length(), "CHUNK": min(32, 4096 // padded),
+            "HEADS": heads, "DIM": dim, "D": padded, "MOST": _MOST_SPLITS,
+            "CHUNK": min(32, 4096 // padded), "PDL": pdl,
         }  # fmt: skip
-        steps.append(Launch(kernels.combine, (rows,), combined, constants, 4, 1))
+        options = {"launch_pdl": True} if pdl else {}
+        steps.append(Launch(kernels.combine, (rows,), combined, constants, 4, 1, options))
     return steps
 
 
@@ -134,7 +140,7 @@ def _few_launch(
     token_strides = {"K_TOKEN": arguments["k_token"] * 4, "V_TOKEN": arguments["v_token"] * 4}
     for name in ("k_token", "k_dim", "v_token", "ks_token", "vs_token"):
         del arguments[name]
-    kept = ("SCALE", "GROUP", "KV_HEADS", "DIM", "K_KIND", "V_KIND", "SPLITS")
+    kept = ("SCALE", "GROUP", "KV_HEADS", "DIM", "K_KIND", "V_KIND", "SPLIT", "PDL")
     constants = {name: constants[name] for name in kept} | token_strides | {
         "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
         "HALVES": tile.block_m // 8, "KEYS": tile.block_n, "WARPS": tile.num_warps,
@@ -145,18 +151,31 @@ def _few_launch(
     return Launch(function, grid, arguments, constants, tile.num_warps, 1, options)
 
 
-def transpose_launch(K: torch.Tensor, out: torch.Tensor) -> Launch:
-    """out [batch, tokens, heads, dim], contiguous, from K of contiguous tokens."""
-    batch, k_len, heads, dim = K.shape
-    unit = _unit(K)
-    k_batch, _, k_head, k_dim = (stride // unit for stride in _strides(K))
-    arguments = {
-        "K": K, "OUT": out, "k_len": k_len, "k_batch": k_batch, "k_head": k_head, "k_dim": k_dim,
+def expand_launch(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    arch: int,
+    length: int | Varying | None = None,
+) -> Launch:
+    """out [batch, tokens, heads, dim], contiguous, in 16 bits, from keys or values of any kind."""
+    batch, tokens, heads, dim = out.shape
+    unit = _unit(x)
+    strides = [stride // unit for stride in _strides(x)]
+    arguments: dict[str, Any] = {
+        "X": _bytes(x), "OUT": out, "SCALES": scale, "ZEROS": zeros,
+        "length": tokens if length is None else length,
+        **dict(zip(("x_batch", "x_token", "x_head", "x_dim"), strides)),
+        **dict(zip(("s_batch", "s_token", "s_head"), _strides(scale))),
     }  # fmt: skip
-    padded = max(16, 1 << (dim - 1).bit_length())
-    constants = {"UNIT_K": unit, "HEADS": heads, "DIM": dim, "D": padded, "BLOCK_N": 64}
-    grid = (-(-k_len // 64), heads, batch)
-    return Launch(kernels.transpose_keys, grid, arguments, constants, 4, 1)
+    block_d = min(64, max(16, 1 << (x.shape[3] - 1).bit_length()))
+    constants = {
+        "UNIT": unit, "DIM_MAJOR": x.stride(3) == 1, "HEADS": heads, "DIM": dim,
+        "KIND": kind_of(x, out), "BLOCK_N": 64, "BLOCK_D": block_d, "NATIVE_FP8": arch >= 89,
+    }  # fmt: skip
+    grid = (-(-tokens // 64) * -(-x.shape[3] // block_d), heads, batch)
+    return Launch(kernels.expand, grid, arguments, constants, 4, 1)
 
 
 def kind_of(x: torch.Tensor, Q: torch.Tensor) -> str:
@@ -166,73 +185,132 @@ def kind_of(x: torch.Tensor, Q: torch.Tensor) -> str:
     return _KINDS.get(x.dtype, "dense")
 
 
-def tile_for(operands: Operands, causal: bool, multiprocessors: int, k_len: int) -> Tile:
+def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) -> Tile:
     """The tile that should be fastest. k_len: of the longest cache that it is used for."""
     Q, K, V = operands[:3]
     batch, q_len, heads, dim = Q.shape
     kv_heads = V.shape[2]
     rows = heads // kv_heads * q_len
     quantised = K.dtype != Q.dtype or V.dtype != Q.dtype
+    if rows <= 16 and _serves_few(operands, arch):
+        return _tile_for_few(rows, dim, quantised, kv_heads * batch, multiprocessors, k_len)
     if rows > 64:
         if dim <= 64:
             tile = Tile(128, 64, 4, 3)
         elif dim <= 128:
-            tile = Tile(128, 64, 8, 3)
+            tile = Tile(64, 64, 4, 3)
         else:
             tile = Tile(128, 64, 8, 2)
     else:
         block_m = max(16, 1 << (rows - 1).bit_length())
-        wide = dim > 128 or not quantised
-        tile = Tile(block_m, 64 if wide else 128, 4, 3)
+        tile = Tile(block_m, 128, 4, 2) if quantised and dim <= 128 else Tile(block_m, 64, 4, 3)
     blocks = -(-rows // tile.block_m) * kv_heads * batch
-    # enough parts for some blocks on each multiprocessor, each of a few steps at least
-    parts = max(1, min(4 * multiprocessors // blocks, k_len // (4 * tile.block_n), 128))
-    if parts > 1 and blocks < multiprocessors:
-        tile = Tile(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, parts)
-    return tile
+    # parts enough for two blocks on each multiprocessor, of a few steps at least
+    return replace(tile, splits=_parts(2 * multiprocessors // blocks, k_len, tile.block_n))
+
+
+def _parts(most: int, k_len: int, step: int) -> int:
+    """How many parts of whole steps, `most` at most, make the longest part shortest; if several
+    do, the fewest."""
+    steps = -(-k_len // step)
+    longest = -(-steps // max(1, min(most, _MOST_SPLITS)))
+    return -(-steps // longest)
+
+
+def _tile_for_few(
+    rows: int, dim: int, quantised: bool, heads: int, multiprocessors: int, k_len: int
+) -> Tile:
+    """heads: key heads of the whole batch."""
+    block_m = 8 if rows <= 8 or dim > 128 else 16
+    keys = 32 if quantised and dim <= 128 else 16
+    registers = 168 if block_m == 8 and dim <= 128 else 255
+    resident = 3 if registers == 168 else 2  # blocks on a multiprocessor
+    blocks = -(-rows // block_m) * heads
+    splits = _parts(resident * multiprocessors // blocks, k_len, 4 * keys)
+    return Tile(block_m, keys, 4, 2, splits, "few", registers)
+
+
+def _serves_few(operands: Operands, arch: int) -> bool:
+    """Whether attend_few takes the operands, 16-byte aligned as they are."""
+    Q, K, V, *numbers, _ = operands
+    dim = Q.shape[3]
+    wanted = 89 if "e4m3" in (kind_of(K, Q), kind_of(V, Q)) else 80
+    if dim not in (64, 128, 256) or arch < wanted or not versions.gluon_available():
+        return False
+    if any(x.stride(3) != 1 or _unit(x) == 1 for x in (Q, K, V)):
+        return False
+    return all(
+        x is None
+        or x.dtype == Q.dtype
+        and _strides(x)[1] == 1
+        and not any(stride % 4 for stride in _strides(x)[::2])
+        for x in numbers
+    )
 
 
 def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
     """out [batch, q_len, heads, dim], whose dims are contiguous."""
-    present = [x for x in (*operands, out) if x is not None]
-    addresses = [x.data_ptr() for x in present]
     device, k_len = out.device, operands.K.shape[1]
-    longest = 1 << (k_len - 1).bit_length()  # caches that grow keep their kernels
     index = current_device() if device.index is None else device.index
-    if any(address % 16 for address in addresses):
-        tile = tile_for(operands, causal, _multiprocessors(index), longest)
-        execute(launches(operands, out, causal, tile, architecture(index)), device)
-        return
-    key = (causal, longest, index, *map(_kind, (*operands, out)))
-    known = _prepared.get(key)
-    if known is None:
-        tile = tile_for(operands, causal, _multiprocessors(index), longest)
-        varying = Varying(k_len)
-        fakes = [_like(x) for x in (*operands, out)]
-        steps = launches(
-            Operands(*fakes[:-1]), fakes[-1], causal, tile, architecture(index), varying
-        )  # type: ignore[arg-type]
-        order = {x.untyped_storage()._cdata: i for i, x in enumerate(f for f in fakes if f is not None)}
-        known = Prepared(
-            steps,
-            device,
-            len(present) + 1,
-            lambda x: len(present) if x is varying else order[x.untyped_storage()._cdata],
-        )
-        if len(_prepared) >= _MOST_KEPT:
-            _prepared.clear()
-        _prepared[key] = known
-    known.run([*addresses, k_len])
+    arch = architecture(index)
+    longest = 1 << (k_len - 1).bit_length()  # caches that grow keep their kernels
+
+    def steps(fakes: list[Any], varying: Varying, aligned: bool) -> list[Launch]:
+        given = Operands(*fakes[:-1])
+        tile = tile_for(given, arch if aligned else 0, _multiprocessors(index), longest)
+        return launches(given, fakes[-1], causal, tile, arch, varying)
+
+    _start(("attend", causal, longest), [*operands, out], k_len, steps)
+
+
+def expand(x: torch.Tensor, like: torch.Tensor, *numbers: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values [batch, tokens, heads, dim] of any kind and order in memory in the dtype and
+    dim of `like`, contiguous. numbers: scale, zeros."""
+    out = torch.empty((*x.shape[:3], like.shape[3]), dtype=like.dtype, device=x.device)
+    arch = architecture(current_device() if x.device.index is None else x.device.index)
+
+    def steps(fakes: list[Any], varying: Varying, aligned: bool) -> list[Launch]:
+        codes, scale, zeros, target = fakes
+        return [expand_launch(codes, target, scale, zeros, arch, varying)]
+
+    _start(("expand",), [x, *(numbers or (None, None)), out], x.shape[1], steps)
+    return out
 
 
 _prepared: dict[Any, Prepared] = {}
 
 
-def transpose_keys(K: torch.Tensor) -> torch.Tensor:
-    """A copy of K [batch, tokens, heads, dim] whose dims are contiguous."""
-    out = K.new_empty(K.shape)
-    execute([transpose_launch(K, out)], K.device)
-    return out
+def _start(
+    key: tuple[Any, ...],
+    operands: list[torch.Tensor | None],
+    length: int,
+    steps: Callable[[list[Any], Varying, bool], list[Launch]],
+) -> None:
+    """Start steps(operands, length, whether the operands are aligned), prepared where they are."""
+    present = [x for x in operands if x is not None]
+    addresses = [x.data_ptr() for x in present]
+    device = present[0].device
+    if any(address % 16 for address in addresses):
+        execute(steps(operands, Varying(length), False), device)
+        return
+    key = (*key, device, *map(_kind, operands))
+    known = _prepared.get(key)
+    if known is None:
+        fakes = [_like(x) for x in operands]
+        varying = Varying(length)
+        places = {id(varying): len(present)}
+        places |= {
+            x.untyped_storage()._cdata: i for i, x in enumerate(x for x in fakes if x is not None)
+        }
+
+        def position(x: Any) -> int:
+            return places[id(x) if x is varying else x.untyped_storage()._cdata]
+
+        known = Prepared(steps(fakes, varying, True), device, len(present) + 1, position)
+        if len(_prepared) >= _MOST_KEPT:
+            _prepared.clear()
+        _prepared[key] = known
+    known.run([*addresses, length])
 
 
 @cache

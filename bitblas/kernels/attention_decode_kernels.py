@@ -24,10 +24,11 @@ nibble is 16 times as large, for which its query is divided by 16.
 """
 
 # Gluon gives these functions' parameters their types.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 
 from __future__ import annotations
 
+from .decode_kernels import keep_loads_here, let_next_kernel_start
 from .versions import gl, gluon
 
 TINY = gl.constexpr(1e-37)
@@ -184,14 +185,6 @@ def keys_sum(x):
     x += from_lane(x, 4)
     x += from_lane(x, 8)
     return x + from_lane(x, 16)
-
-
-@gluon.jit
-def keep_loads_here():
-    """No load moves across: else the compiler gathers them where they are first needed."""
-    gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
 
 
 # --- loads -----------------------------------------------------------------------------------
@@ -581,7 +574,7 @@ def score_step(
 
 @gluon.jit
 def weigh_step(
-    scores, vs, factors, m, l, unit, first, g, hi, KIND: gl.constexpr, BF16: gl.constexpr,
+    scores, vs, factors, m, norm, unit, first, g, hi, KIND: gl.constexpr, BF16: gl.constexpr,
     HALVES: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """Weights of a step, that of query q = 2h + e and key i = 2x + t at q * KEYS / 8 + i; what sums
@@ -599,7 +592,7 @@ def weigh_step(
         inverse = 1.0 / largest
         unit = largest
     new_m = ()
-    new_l = ()
+    new_norm = ()
     alphas = ()
     weights = ()
     for q in gl.static_range(2 * HALVES):
@@ -609,7 +602,7 @@ def weigh_step(
         top = gl.maximum(m[q], keys_max(top) * factors[q])
         shift = gl.where(top == float("-inf"), 0.0, top)
         alpha = power_of_two(m[q] - shift)
-        total = l[q] * alpha
+        total = norm[q] * alpha
         for i in gl.static_range(KEYS // 8):
             p = gl.fma(scores[score_place(q, i, HALVES)], factors[q], 0.0 - shift)
             p = power_of_two(p)
@@ -620,9 +613,9 @@ def weigh_step(
         if KIND != "dense":
             alpha = alpha * shrink
         new_m = new_m + (top,)
-        new_l = new_l + (total,)
+        new_norm = new_norm + (total,)
         alphas = alphas + (alpha,)
-    return weights, alphas, new_m, new_l, unit
+    return weights, alphas, new_m, new_norm, unit
 
 
 @gluon.jit
@@ -696,12 +689,13 @@ def add_step(
 @gluon.jit
 def attend_few(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
-    q_len, k_len, tiles, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
+    q_len, k_len, tiles, splits, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
     ks_batch, ks_head, vs_batch, vs_head, o_split, o_batch, o_token, o_head,
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
-    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLITS: gl.constexpr, HALVES: gl.constexpr,
+    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, HALVES: gl.constexpr,
     KEYS: gl.constexpr, WARPS: gl.constexpr, ORDER: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """8 * HALVES rows of one key head against a part of its keys; see attend, whose grid this has.
 
@@ -709,6 +703,8 @@ def attend_few(
     scales and zeros, whose tokens are contiguous, of 8. ROW_LIMITS: rows see different keys
     (causal). KEYS: of a warp in a step.
     """
+    if PDL:
+        let_next_kernel_start()
     WORD: gl.constexpr = gl.pointer_type(gl.int32)
     Q = Q.to(WORD, bitcast=True)
     K = K.to(WORD, bitcast=True)
@@ -725,8 +721,8 @@ def attend_few(
     EVERY: gl.constexpr = gl.SliceLayout(0, every_layout(WARPS))
     tile = tiles - 1 - gl.program_id(0)
     head = gl.program_id(1)
-    batch = (gl.program_id(2) // SPLITS).to(gl.int64)
-    split = gl.program_id(2) % SPLITS
+    batch = (gl.program_id(2) // splits).to(gl.int64)
+    split = gl.program_id(2) % splits
     length = k_len
     if LENGTHS is not None:
         length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
@@ -759,7 +755,7 @@ def attend_few(
         final = gl.minimum((tile * (8 * HALVES) + 8 * HALVES - 1) // GROUP, q_len - 1)
         last = gl.maximum(length - q_len + 1 + final, 0)
     STRIDE: gl.constexpr = WARPS * KEYS
-    per_split = (last + STRIDE * SPLITS - 1) // (STRIDE * SPLITS) * STRIDE
+    per_split = (last + STRIDE * splits - 1) // (STRIDE * splits) * STRIDE
     lo = split * per_split
     hi = gl.minimum(lo + per_split, last)
     first = lo + warp * KEYS
@@ -797,7 +793,7 @@ def attend_few(
     acc = zeros_of(ROWS * HALVES, WARPS)
     zero_acc = zeros_of(HALVES, WARPS)
     m = (zero - float("inf"),) * (2 * HALVES)
-    l = (zero,) * (2 * HALVES)  # noqa: E741
+    norm = (zero,) * (2 * HALVES)
     unit = zero + (TINY if V_KIND != "dense" else 1.0)
 
     steps = (hi - lo + STRIDE - 1) // STRIDE
@@ -814,8 +810,8 @@ def attend_few(
                 V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS, WARPS
             )  # fmt: skip
             keep_loads_here()
-            weights, alphas, m, l, unit = weigh_step(  # noqa: E741
-                scores, values[1], factors, m, l, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
+            weights, alphas, m, norm, unit = weigh_step(
+                scores, values[1], factors, m, norm, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
             )  # fmt: skip
             acc, zero_acc = add_step(
                 values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS,
@@ -851,8 +847,8 @@ def attend_few(
                     K, K_SCALE, K_ZEROS, first + 2 * STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS,
                     K_WORDS, WARPS,
                 )  # fmt: skip
-            weights, alphas, m, l, unit = weigh_step(  # noqa: E741
-                scores, values[1], factors, m, l, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
+            weights, alphas, m, norm, unit = weigh_step(
+                scores, values[1], factors, m, norm, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
             )  # fmt: skip
             acc, zero_acc = add_step(
                 values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS,
@@ -880,7 +876,7 @@ def attend_few(
         tops = tops + (top,)
         shift = for_lanes(gl.where(top == float("-inf"), 0.0, top), WARPS)
         weight = power_of_two(m[q] - shift)
-        parts_of_totals = parts_of_totals + (keys_sum(l[q]) * weight,)
+        parts_of_totals = parts_of_totals + (keys_sum(norm[q]) * weight,)
         weights = weights + (weight * (unit / for_lanes(units, WARPS)),)
     shared = over_warps(parts_of_totals, WARPS)
     totals = ()
@@ -917,16 +913,16 @@ def attend_few(
     query = r // GROUP
     pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
     pointer += (head * GROUP + r % GROUP) * o_head
-    if SPLITS > 1:
+    if SPLIT:
         pointer += split.to(gl.int64) * o_split
     gl.store(pointer + d, result.to(OUT.dtype.element_ty), mask=query < q_len)
-    if SPLITS > 1:
+    if SPLIT:
         heads: gl.constexpr = KV_HEADS * GROUP
         lane = gl.arange(0, 32, EVERY)
         for i in gl.static_range(2 * HALVES):
             r = tile * (8 * HALVES) + i // 2 * 8 + lane * 2 + i % 2
             query = r // GROUP
-            index = (split * (gl.num_programs(2) // SPLITS) + batch) * q_len + query
+            index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
             index = index * heads + head * GROUP + r % GROUP
             lse = gl.where(totals[i] > 0, tops[i] + log2(totals[i]), float("-inf"))
             gl.store(LSE + index, lse, mask=(lane < 4) & (query < q_len))

@@ -8,9 +8,9 @@ K_KIND, V_KIND say how a cache is stored:
     "int8", "e4m3": a byte for each value.
     "int4": a byte for the codes of d (low nibble) and of d + DIM / 2, so that unpacking gives two
         tiles, each the operand of a product of its own, and nothing is shuffled.
-Codes go to the matrix unit as they are, exact in float16; scales, one for a token and head, multiply
-columns of scores (K) or of probabilities (V), and zero points go through row sums. Queries are made
-float16 for that: where they are bfloat16, each row is first scaled by a power of two.
+Codes go to the matrix unit as they are, exact in float16; scales, one for a token and head,
+multiply columns of scores (K) or of probabilities (V), and zero points go through row sums. Queries
+are made float16 for that: where they are bfloat16, each row is first scaled by a power of two.
 """
 
 # Triton gives these functions' parameters their types.
@@ -22,6 +22,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -105,7 +106,7 @@ def per_token(pointer, n, stride, length):
 
 @triton.jit
 def attend_span(
-    lo, hi, length, limit, q, q_high, q_sum, row_scale, m, l, acc, acc_high, zero_sum, unit,
+    lo, hi, length, limit, q, q_high, q_sum, row_scale, m, norm, acc, acc_high, zero_sum, unit,
     K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS,
     k_token, k_dim, v_token, ks_token, vs_token,
     DIM: tl.constexpr, D: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
@@ -114,7 +115,7 @@ def attend_span(
     """The online softmax over the keys lo..hi, in steps of BLOCK_N. MASKED: some rows do not see
     some of these keys, or keys end before hi.
 
-    m: largest score so far, in units of log2. l: sum of 2^(score - m). acc: sum of the weighted
+    m: largest score so far, in units of log2. norm: sum of 2^(score - m). acc: sum of the weighted
     values, in units of `unit`, the largest scale of V so far, which keeps weights times scales in
     the range of float16. zero_sum: sum of weighted zero points, the same for all of a row's dims.
     """
@@ -142,9 +143,7 @@ def attend_span(
     for start in tl.range(lo, hi, BLOCK_N):
         n = start + step
         k_mask = (k_d[:, None] < K_BYTES) & (n[None, :] < length)
-        codes = load_tile(
-            K + start * k_wide + k_offsets, k_mask, MASKED or K_BYTES != K_D
-        )
+        codes = load_tile(K + start * k_wide + k_offsets, k_mask, MASKED or K_BYTES != K_D)
         if K_KIND == "int4":
             low, high = int4_values(codes)
             s = tl.dot(q_high, high, tl.dot(q, low))
@@ -169,7 +168,7 @@ def attend_span(
             shift = larger
         p = tl.math.exp2(s * row_scale[:, None] - shift[:, None])
         alpha = tl.math.exp2(m - shift)
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        norm = norm * alpha + tl.sum(p, 1)
         m = larger
         if V_KIND != "dense":
             largest = tl.maximum(unit, tl.max(tl.abs(next_vs), 0))
@@ -181,9 +180,7 @@ def attend_span(
             zero_sum = zero_sum * alpha + tl.sum(p * (next_vz - 8.0)[None, :], 1)
             next_vz = per_token(V_ZEROS, n + BLOCK_N, vs_token, length)
         v_mask = (n[:, None] < length) & (v_d[None, :] < V_BYTES)
-        codes = load_tile(
-            V + start * v_wide + v_offsets, v_mask, MASKED or V_BYTES != V_D
-        )
+        codes = load_tile(V + start * v_wide + v_offsets, v_mask, MASKED or V_BYTES != V_D)
         if V_KIND == "dense":
             acc = tl.dot(p.to(codes.dtype), codes, acc * alpha[:, None])
         elif V_KIND == "int4":
@@ -195,20 +192,20 @@ def attend_span(
         else:
             values = e4m3_values(codes, NATIVE_FP8)
             acc = tl.dot(p.to(tl.float16), values, acc * alpha[:, None])
-    return m, l, acc, acc_high, zero_sum, unit
+    return m, norm, acc, acc_high, zero_sum, unit
 
 
 @triton.jit
 def attend(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
-    q_len, k_len, tiles, q_batch, q_token, q_head, k_batch, k_token, k_head, k_dim,
+    q_len, k_len, tiles, splits, q_batch, q_token, q_head, k_batch, k_token, k_head, k_dim,
     v_batch, v_token, v_head, ks_batch, ks_token, ks_head, vs_batch, vs_token, vs_head,
     o_split, o_batch, o_token, o_head,
     SCALE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
     D: tl.constexpr, CAUSAL: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     UNIT_Q: tl.constexpr, UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, K_DIM_MAJOR: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
+    NATIVE_FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of one key head against a part of its keys.
 
@@ -216,14 +213,16 @@ def attend(
     is that they are multiples. K_DIM_MAJOR: keys are contiguous along dim (else along tokens).
     LENGTHS: how many keys of each batch entry there are; None: k_len. D: DIM padded to a power of
     two. SCALE: log2(e) / sqrt(dim). PEEL: keys that every row sees are not masked.
-    SPLITS > 1: OUT is float32 [SPLITS, ...] of the parts' own results and LSE the log2 of their
-    sums, [SPLITS, batch, q_len, heads]. LSE is None otherwise.
+    SPLIT: OUT is float32 [splits, ...] of the parts' own results and LSE the log2 of their sums,
+    [splits, batch, q_len, heads]. LSE is None otherwise.
     """
+    if PDL:
+        gdc_launch_dependents()
     # the last rows first: of causal ones, they take longest
     tile = tiles - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    batch = (tl.program_id(2) // SPLITS).to(tl.int64)
-    split = tl.program_id(2) % SPLITS
+    batch = (tl.program_id(2) // splits).to(tl.int64)
+    split = tl.program_id(2) % splits
     length = k_len
     if LENGTHS is not None:
         length = tl.minimum(tl.load(LENGTHS + batch).to(tl.int32), k_len)
@@ -240,7 +239,7 @@ def attend(
         final = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
         last = tl.maximum(length - q_len + 1 + final, 0)
         all_see = length - q_len + 1 + (tile * BLOCK_M) // GROUP
-    per_split = tl.cdiv(tl.cdiv(last, BLOCK_N), SPLITS) * BLOCK_N
+    per_split = tl.cdiv(tl.cdiv(last, BLOCK_N), splits) * BLOCK_N
     lo = split * per_split
     hi = tl.minimum(lo + per_split, last)
 
@@ -269,7 +268,7 @@ def attend(
             q_sum = tl.sum(q.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    norm = tl.zeros([BLOCK_M], tl.float32)
     V_D: tl.constexpr = D // 2 if V_KIND == "int4" else D
     acc = tl.zeros([BLOCK_M, V_D], tl.float32)
     acc_high = tl.zeros([BLOCK_M, V_D], tl.float32) if V_KIND == "int4" else 0.0
@@ -293,31 +292,31 @@ def attend(
     middle = lo
     if PEEL:
         middle = tl.minimum(tl.maximum(all_see // BLOCK_N * BLOCK_N, lo), hi)
-        m, l, acc, acc_high, zero_sum, unit = attend_span(  # noqa: E741
-            lo, middle, length, limit, q, q_high, q_sum, row_scale, m, l, acc, acc_high, zero_sum,
-            unit, K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS,
+        m, norm, acc, acc_high, zero_sum, unit = attend_span(
+            lo, middle, length, limit, q, q_high, q_sum, row_scale, m, norm, acc, acc_high,
+            zero_sum, unit, K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS,
             token_stride, dim_stride, v_token * UNIT_V, ks_token, vs_token,
             DIM, D, K_KIND, V_KIND, BLOCK_N, False, NATIVE_FP8,
         )  # fmt: skip
-    m, l, acc, acc_high, zero_sum, unit = attend_span(  # noqa: E741
-        middle, hi, length, limit, q, q_high, q_sum, row_scale, m, l, acc, acc_high, zero_sum,
+    m, norm, acc, acc_high, zero_sum, unit = attend_span(
+        middle, hi, length, limit, q, q_high, q_sum, row_scale, m, norm, acc, acc_high, zero_sum,
         unit, K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS,
         token_stride, dim_stride, v_token * UNIT_V, ks_token, vs_token,
         DIM, D, K_KIND, V_KIND, BLOCK_N, True, NATIVE_FP8,
     )  # fmt: skip
 
-    factor = tl.where(l > 0, 1 / l, 0.0)  # a row without a key is zero
+    factor = tl.where(norm > 0, 1 / norm, 0.0)  # a row without a key is zero
     if V_KIND != "dense":
         factor *= unit
     if V_KIND == "int4":
         acc -= zero_sum[:, None]
         acc_high -= zero_sum[:, None]
     rows = OUT + batch * o_batch + query.to(tl.int64) * o_token + row_head * o_head
-    if SPLITS > 1:
+    if SPLIT:
         rows += split.to(tl.int64) * o_split
         heads = KV_HEADS * GROUP
-        index = ((split * (tl.num_programs(2) // SPLITS) + batch) * q_len + query) * heads
-        lse = tl.where(l > 0, m + tl.math.log2(l), float("-inf"))
+        index = ((split * (tl.num_programs(2) // splits) + batch) * q_len + query) * heads
+        lse = tl.where(norm > 0, m + tl.math.log2(norm), float("-inf"))
         tl.store(LSE + index + row_head, lse, mask=live)
     d = tl.arange(0, V_D)
     V_DIM: tl.constexpr = DIM // 2 if V_KIND == "int4" else DIM
@@ -331,28 +330,30 @@ def attend(
 
 @triton.jit
 def combine(
-    PARTS, LSE, OUT, rows, q_len, o_batch, o_token, o_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS, LSE, OUT, rows, q_len, splits, o_batch, o_token, o_head,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A row of OUT from its parts, [SPLITS, rows, DIM] float32, and the log2 of their sums.
+    """A row of OUT from its parts, [splits, rows, DIM] float32, and the log2 of their sums.
 
-    PADDED: SPLITS to a power of two. CHUNK: how many parts are read at a time. Parts are always
-    added in the same order.
+    splits: MOST at most. CHUNK: how many parts are read at a time. Parts are always added in the
+    same order. PDL: started while the parts are still being computed.
     """
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, PADDED)
-    lse = tl.load(LSE + s * rows + row, mask=s < SPLITS, other=float("-inf"))
+    s = tl.arange(0, MOST)
+    lse = tl.load(LSE + s * rows + row, mask=s < splits, other=float("-inf"))
     largest = tl.max(lse, 0)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.sum(tl.math.exp2(lse - largest), 0)
     d = tl.arange(0, D)
     acc = tl.zeros([D], tl.float32)
-    for start in tl.static_range(0, SPLITS, CHUNK):
+    for start in range(0, splits, CHUNK):
         part = start + tl.arange(0, CHUNK)
-        weight = tl.load(LSE + part * rows + row, mask=part < SPLITS, other=float("-inf"))
+        weight = tl.load(LSE + part * rows + row, mask=part < splits, other=float("-inf"))
         weight = tl.math.exp2(weight - largest)
-        mask = (part[:, None] < SPLITS) & (d[None, :] < DIM)
+        mask = (part[:, None] < splits) & (d[None, :] < DIM)
         offsets = (part[:, None] * rows.to(tl.int64) + row) * DIM + d[None, :]
         acc += tl.sum(tl.load(PARTS + offsets, mask=mask, other=0) * weight[:, None], 0)
     acc *= tl.where(total > 0, 1 / total, 0.0)
@@ -363,20 +364,44 @@ def combine(
 
 
 @triton.jit
-def transpose_keys(
-    K, OUT, k_len, k_batch, k_head, k_dim,
-    UNIT_K: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def expand(
+    X, OUT, SCALES, ZEROS, length, x_batch, x_token, x_head, x_dim,
+    s_batch, s_token, s_head,
+    UNIT: tl.constexpr, DIM_MAJOR: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
-    """OUT [batch, k_len, HEADS, DIM], contiguous, from K, whose tokens are contiguous."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """OUT [batch, length, HEADS, DIM], contiguous, in 16 bits: keys or values of any kind, order.
+
+    For dense ones, which may be contiguous along tokens, that is a transposing copy.
+    """
+    BYTES: tl.constexpr = DIM // 2 if KIND == "int4" else DIM
+    PARTS: tl.constexpr = (BYTES + BLOCK_D - 1) // BLOCK_D
+    n = tl.program_id(0) // PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, D)
-    inside = (d[:, None] < DIM) & (n[None, :] < k_len)
-    K += batch * k_batch * UNIT_K + head.to(tl.int64) * (k_head * UNIT_K)
-    rows = d.to(tl.int64) * (k_dim * UNIT_K)
-    tile = tl.load(K + rows[:, None] + n[None, :], mask=inside, other=0)
-    OUT += (batch * k_len * HEADS + head) * DIM
-    offsets = n.to(tl.int64)[:, None] * (HEADS * DIM) + d[None, :]
-    tl.store(OUT + offsets, tl.trans(tile), mask=tl.trans(inside))
+    d = tl.program_id(0) % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+    if DIM_MAJOR:
+        offsets = n.to(tl.int64)[:, None] * (x_token * UNIT) + d[None, :]
+    else:
+        offsets = n[:, None] + d.to(tl.int64)[None, :] * (x_dim * UNIT)
+    inside = (n[:, None] < length) & (d[None, :] < BYTES)
+    X += batch * x_batch * UNIT + head.to(tl.int64) * (x_head * UNIT)
+    codes = tl.load(X + offsets, mask=inside, other=0)
+    OUT += (batch * length * HEADS + head) * DIM
+    targets = OUT + n.to(tl.int64)[:, None] * (HEADS * DIM) + d[None, :]
+    kind = OUT.dtype.element_ty
+    if KIND == "dense":
+        tl.store(targets, codes, mask=inside)
+    else:
+        SCALES += batch * s_batch + head * s_head
+        scale = per_token(SCALES, n, s_token, length)[:, None]
+        if KIND == "int4":
+            ZEROS += batch * s_batch + head * s_head
+            zero = per_token(ZEROS, n, s_token, length)[:, None] - 8.0
+            low, high = int4_values(codes)
+            tl.store(targets, ((low - zero) * scale).to(kind), mask=inside)
+            tl.store(targets + BYTES, ((high - zero) * scale).to(kind), mask=inside)
+        elif KIND == "int8":
+            tl.store(targets, (int8_values(codes) * scale).to(kind), mask=inside)
+        else:
+            tl.store(targets, (e4m3_values(codes, NATIVE_FP8) * scale).to(kind), mask=inside)

@@ -86,25 +86,25 @@ class QuantizedKV(NamedTuple):
         return (values * self.scale.to(wide).unsqueeze(-1)).to(dtype)
 
 
-def quantize_kv(
-    x: torch.Tensor, dtype: str, scale_dtype: torch.dtype | None = None
-) -> QuantizedKV:
+def quantize_kv(x: torch.Tensor, dtype: str, scale_dtype: torch.dtype | None = None) -> QuantizedKV:
     """Round x [batch, length, heads, dim], float16, bfloat16 or float32, to 8 or 4 bits.
 
-    dtype: "int8" and "e4m3_float8": symmetric, the largest magnitude of a token and head becomes 127
-    or 448. "int4": its range, extended to hold 0, becomes 0..15. scale_dtype: x's, or float16 for
-    float32. Rounding knows the rounded scale and zero point. Raises ValueError or TypeError.
+    dtype: "int8" and "e4m3_float8": symmetric, the largest magnitude of a token and head becomes
+    127 or 448. "int4": its range, extended to hold 0, becomes 0..15. scale_dtype: x's, or float16
+    for float32. Rounding knows the rounded scale and zero point. Raises ValueError or TypeError.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
     if not x.is_floating_point() or x.dim() != 4:
         raise ValueError(
-            f"x: got shape {tuple(x.shape)} {x.dtype}, expected floating [batch, length, heads, dim]"
+            f"x: got shape {tuple(x.shape)} {x.dtype}, expected floating numbers, [batch, length, "
+            "heads, dim]"
         )
     _check_dtype(dtype, x.shape[-1])
     if scale_dtype is None:
         scale_dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
-    cache = QuantizedKV.empty(*x.shape, dtype, scale_dtype, x.device)
+    batch, length, heads, dim = x.shape
+    cache = QuantizedKV.empty(batch, length, heads, dim, dtype, scale_dtype, x.device)
     wide = x.to(torch.float32)
     if dtype != "int4":
         cache.scale.copy_(wide.abs().amax(-1) / _LARGEST[dtype])
