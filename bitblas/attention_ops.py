@@ -145,7 +145,8 @@ def _by_own_kernels(
     into = out if apart else torch.empty_like(Q, memory_format=torch.contiguous_format)
     Q, V = (x if x.stride(3) == 1 else x.contiguous() for x in (Q, V))
     K = K if 1 in (K.stride(3), K.stride(1)) else K.contiguous()
-    kernels.run(kernels.Operands(Q, K, V, *numbers[:4], kv_len), into, config.is_causal)
+    operands = kernels.Operands(Q, K, V, *numbers)._replace(lengths=kv_len)
+    kernels.run(operands, into, config.is_causal)
     if into is not out:
         out.copy_(into)
 

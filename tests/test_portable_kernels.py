@@ -7,14 +7,11 @@ which this module starts and which run its `main`.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-import traceback
-from pathlib import Path
+from functools import partial
 
 import compat
+import interpreter
 import pytest
 import torch
 from compat import COMBINATIONS, make_config
@@ -67,55 +64,14 @@ def interpret(
 
 
 def main(shard: int) -> None:
-    """Print the results of a shard's cases as JSON: numbers, or the text of an exception."""
-    from triton.runtime import interpreter
-
-    # NumPy 2.4 refuses int() of one-element arrays, which Triton 3.6 uses for loop bounds.
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_with_index
-    # Triton 3.9 refuses masks that came out of its own logic as integers.
-    builder = interpreter.InterpreterBuilder
-    load = builder.create_masked_load
-
-    def load_with_boolean_mask(self, pointers, mask, *rest):
-        mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
-        return load(self, pointers, mask, *rest)
-
-    builder.create_masked_load = load_with_boolean_mask
-    results: dict[str, object] = {}
-    for name, case in list(INTERPRETED.items())[shard::SHARDS]:
-        try:
-            results[name] = interpret(*case)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    """Print the results of a shard's cases: numbers, or the text of an exception."""
+    cases = list(INTERPRETED.items())[shard::SHARDS]
+    interpreter.print_results({name: partial(interpret, *case) for name, case in cases})
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, object]:
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(shard)], env=environment, stdout=subprocess.PIPE
-        )
-        for shard in range(SHARDS)
-    ]
-    results: dict[str, object] = {}
-    for process in processes:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0
-        results |= json.loads(output)
-    return results
+    return interpreter.run(__file__, SHARDS)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)

@@ -23,6 +23,13 @@ from .prepared import Prepared, architecture, current_device, execute
 _MOST_SPLITS = 128
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 _MOST_KEPT = 4096  # prepared calls
+# Of attend_few for each kind, the narrowest first: keys of a warp in a step, warps, registers.
+_FEW = {
+    "int4": (32, 4, 168, 2),
+    "int8": (32, 4, 168, 2),
+    "e4m3": (32, 4, 168, 2),
+    "dense": (16, 8, 255, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,8 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
     rows = heads // kv_heads * q_len
     quantised = K.dtype != Q.dtype or V.dtype != Q.dtype
     if rows <= 16 and _serves_few(operands, arch):
-        return _tile_for_few(rows, dim, quantised, kv_heads * batch, multiprocessors, k_len)
+        kind = max((kind_of(x, Q) for x in (K, V)), key=list(_FEW).index)
+        return _tile_for_few(rows, dim, kind, kv_heads * batch, multiprocessors, k_len)
     if rows > 64:
         if dim <= 64:
             tile = Tile(128, 64, 4, 3)
@@ -218,16 +226,19 @@ def _parts(most: int, k_len: int, step: int) -> int:
 
 
 def _tile_for_few(
-    rows: int, dim: int, quantised: bool, heads: int, multiprocessors: int, k_len: int
+    rows: int, dim: int, kind: str, heads: int, multiprocessors: int, k_len: int
 ) -> Tile:
-    """heads: key heads of the whole batch."""
+    """kind: of keys or values, whichever are wider. heads: key heads of the whole batch."""
+    keys, warps, registers, order = _FEW[kind]
     block_m = 8 if rows <= 8 or dim > 128 else 16
-    keys = 32 if quantised and dim <= 128 else 16
-    registers = 168 if block_m == 8 and dim <= 128 else 255
-    resident = 3 if registers == 168 else 2  # blocks on a multiprocessor
+    if dim > 128 or block_m > 8:
+        warps, registers = 4, 255
+    if dim > 128:
+        keys = 16
+    resident = 65536 // (32 * warps * registers)  # blocks on a multiprocessor
     blocks = -(-rows // block_m) * heads
-    splits = _parts(resident * multiprocessors // blocks, k_len, 4 * keys)
-    return Tile(block_m, keys, 4, 2, splits, "few", registers)
+    splits = _parts(resident * multiprocessors // blocks, k_len, warps * keys)
+    return Tile(block_m, keys, warps, order, splits, "few", registers)
 
 
 def _serves_few(operands: Operands, arch: int) -> bool:
