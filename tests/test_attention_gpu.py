@@ -1,0 +1,133 @@
+"""Attention on a GPU: every kind of cache through every kernel, against float64."""
+
+import itertools
+
+import pytest
+import torch
+from attention_cases import CACHES, draw
+
+from bitblas import FlashAtten, QuantizedKV, quantize_kv, reference
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+
+def run(problem, backend="auto"):
+    output = torch.full_like(problem.tensors[0], float("nan"))
+    FlashAtten(problem.config, backend=backend)(*problem.tensors, output, **problem.extras)
+    problem.check(output)
+    return output
+
+
+@pytest.mark.parametrize("caches", [*zip(CACHES, CACHES), ("int4", "int8"), ("float16", "int4")])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_few_queries(caches, dim, dtype):
+    for q_len, k_len, heads in ((1, 1003, 8), (3, 517, 8), (1, 65, 2), (5, 4097, 6)):
+        shape = dict(q_len=q_len, k_len=k_len, heads=heads, dim=dim, dtype=dtype, caches=caches)
+        for causal in (False, True):
+            run(draw(**shape, causal=causal, device="cuda"))
+        run(draw(**shape, lengths=[k_len, 7], causal=True, device="cuda"))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("layout", ["nnn", "ntn"])
+@pytest.mark.parametrize("dim", [32, 72, 96, 128, 200, 256])
+def test_odd_lengths_and_dims(cache, layout, dim):
+    for q_len, k_len in ((1, 63), (33, 47), (70, 301), (257, 257)):
+        for causal in (False, True):
+            shape = dict(q_len=q_len, k_len=k_len, dim=dim, causal=causal, layout=layout)
+            run(draw(**shape, caches=(cache, cache), device="cuda"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "flash", "torch"])
+@pytest.mark.parametrize("cache", ["float16", "int4"])
+@pytest.mark.parametrize("layout", ["nnn", "ntn"])
+def test_backends_that_are_asked_for(backend, cache, layout):
+    for causal, q_len in itertools.product((False, True), (130, 70)):
+        if not (backend == "cudnn" and causal and q_len != 130):
+            shape = dict(q_len=q_len, k_len=130, dim=64, layout=layout, causal=causal)
+            run(draw(**shape, caches=(cache, cache), device="cuda"), backend)
+
+
+def test_cudnn_masks_equal_lengths_only():
+    problem = draw(q_len=3, k_len=9, causal=True, device="cuda")
+    with pytest.raises(ValueError, match="backend: 'cudnn' masks causally for equal lengths only"):
+        run(problem, "cudnn")
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("q_len", [1, 4, 40])
+def test_equal_calls_give_equal_bits(cache, q_len):
+    problem = draw(q_len=q_len, heads=8, k_len=3001, dim=128, caches=(cache, cache), device="cuda")
+    first = run(problem)
+    operator = FlashAtten(problem.config)
+    for _ in range(100):
+        assert torch.equal(operator(*problem.tensors, **problem.extras), first)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_misaligned_operands(cache):
+    """Views whose first byte is no multiple of 16 take kernels of their own."""
+    problem = draw(heads=8, k_len=300, dim=64, caches=(cache, cache), device="cuda")
+    Q, K, V = problem.tensors
+    problem.tensors = (Q, K[:, 3:, 1:], V[:, 3:, 1:])
+    for name, x in problem.extras.items():
+        problem.extras[name] = x[:, 3:, 1:]
+    fields = {name: getattr(problem.config, name) for name in problem.config.__dataclass_fields__}
+    problem.config = type(problem.config)(**{**fields, "kv_heads": 1})
+    run(problem)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_graph_follows_a_growing_cache(cache):
+    """One captured step serves all lengths: kv_len is read on the GPU, tokens are written there."""
+    batch, longest, heads, dim = 2, 64, 2, 64
+    problem = draw(batch, 1, 4, heads, longest, dim, caches=(cache, cache), device="cuda")
+    operator = FlashAtten(problem.config)
+    kv_len = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    Q, new = (torch.randn(batch, 1, n, dim, device="cuda").half() for n in (4, heads))
+    if cache == "float16":
+        K, V = (torch.zeros(batch, longest, heads, dim, device="cuda").half() for _ in range(2))
+        extras = {}
+    else:
+        caches = [QuantizedKV.empty(batch, longest, heads, dim, cache, device="cuda") for _ in "kv"]
+        K, V = (each.codes for each in caches)
+        extras = {f"{n}_scale": each.scale for n, each in zip("kv", caches)}
+        if cache == "int4":
+            extras |= {f"{n}_zeros": each.zeros for n, each in zip("kv", caches)}
+
+    def step():
+        if cache == "float16":
+            rows = torch.arange(batch, device="cuda")
+            K[rows, kv_len], V[rows, kv_len] = new[:, 0], -new[:, 0]
+        else:
+            caches[0].write(new, kv_len)
+            caches[1].write(-new, kv_len)
+        kv_len.add_(1)
+        return operator(Q, K, V, **extras, kv_len=kv_len)
+
+    step()
+    kv_len.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    kv_len.copy_(torch.tensor([0, 5]))
+    for _ in range(9):
+        new.copy_(torch.randn_like(new))
+        Q.copy_(torch.randn_like(Q))
+        graph.replay()
+        expected = reference.attention(problem.config, Q, K, V, **extras, kv_len=kv_len)
+        assert (out.double() - expected).norm() / expected.norm() < 2e-3
+    assert kv_len.tolist() == [9, 14]
+
+
+def test_quantisation_is_that_of_the_cpu():
+    x = torch.randn(2, 33, 3, 64).half()
+    for dtype in CACHES[1:]:
+        for ours, theirs in zip(quantize_kv(x.cuda(), dtype), quantize_kv(x, dtype)):
+            if ours is not None:
+                difference = (ours.cpu().float() - theirs.float()).abs()
+                assert (difference > 0).float().mean() < 1e-3

@@ -1,0 +1,186 @@
+"""The attention kernels without a GPU: the portable ones in Triton's interpreter, the machine code
+of all.
+
+The interpreter has neither bfloat16 arithmetic nor Gluon: those run in test_attention_gpu.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+
+import compat
+import interpreter
+import pytest
+import torch
+from attention_cases import CACHES, cache_of, draw
+
+pytest.importorskip("triton")
+from bitblas.kernels import versions
+
+SHARDS = 2
+INTERPRETED = {
+    f"{cache}-{case}": dict(caches=(cache, cache)) | fields
+    for cache in CACHES
+    for case, fields in {
+        "decode": dict(heads=6, k_len=45, dim=64, lengths=[45, 7], splits=3),
+        "prefill": dict(q_len=20, kv_heads=4, k_len=45, dim=72, causal=True, block_m=32),
+        "ntn": dict(q_len=3, k_len=37, dim=40, layout="ntn", causal=True, splits=2),
+    }.items()
+}
+INTERPRETED |= {
+    "mixed-int4-int8": dict(caches=("int4", "int8"), q_len=2, k_len=33, lengths=[2, 0], splits=5),
+    "mixed-float16-int4": dict(caches=("float16", "int4"), q_len=2, k_len=33, causal=True),
+    "more-queries-than-keys": dict(q_len=9, k_len=16, lengths=[16, 4], causal=True),
+}
+
+
+def interpret(block_m: int = 16, splits: int = 1, **fields) -> float:
+    """The relative error of a case."""
+    from bitblas.kernels import attention
+    from bitblas.kernels.prepared import execute
+
+    problem = draw(**fields)
+    Q, K, V = problem.tensors
+    if problem.config.layout == "ntn":
+        K = K.permute(0, 3, 2, 1)
+    extras = {name: x for name, x in problem.extras.items() if name != "kv_len"}
+    operands = attention.Operands(Q, K, V, **extras, lengths=problem.extras.get("kv_len"))
+    out = torch.full_like(Q, float("nan"))
+    tile = attention.Tile(block_m, 16, 4, 2, splits)
+    execute(attention.launches(operands, out, problem.config.is_causal, tile, 80), out.device)
+    expected = problem.expected()
+    return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def expand(cache: str, layout: str) -> float:
+    """The relative error of the 16-bit copy of keys."""
+    from bitblas.kernels import attention
+    from bitblas.kernels.prepared import execute
+
+    problem = draw(caches=(cache, "float16"), k_len=37, dim=72)
+    Q, K, _ = problem.tensors
+    exact = K.double() if cache == "float16" else cache_of(problem, "k").dequantize(torch.float64)
+    if layout == "ntn":
+        K = K.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    out = torch.full((*K.shape[:3], 72), float("nan"), dtype=torch.float16)
+    numbers = (problem.extras.get("k_scale"), problem.extras.get("k_zeros"))
+    execute([attention.expand_launch(K, out, *numbers, 80)], out.device)
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+EXPANDED = {
+    f"expand-{cache}-{layout}": (cache, layout) for cache in CACHES for layout in ("nnn", "ntn")
+}
+
+
+def main(shard: int) -> None:
+    """Print the results of a shard's cases: numbers, or the text of an exception."""
+    cases = {name: partial(interpret, **fields) for name, fields in INTERPRETED.items()}
+    cases |= {name: partial(expand, *fields) for name, fields in EXPANDED.items()}
+    interpreter.print_results(dict(list(cases.items())[shard::SHARDS]))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, object]:
+    return interpreter.run(__file__, SHARDS)
+
+
+@pytest.mark.parametrize("name", [*INTERPRETED, *EXPANDED])
+def test_interpreted_kernels_agree_with_float64(name, interpreted):
+    result = interpreted[name]
+    assert not isinstance(result, str), result
+    assert result < (1e-3 if name in INTERPRETED else 5e-4)
+
+
+# --- machine code ----------------------------------------------------------------------------
+
+
+def meta(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def operands(cache, q_len, dim, dtype=torch.float16, heads=32, layout="nnn"):
+    """Of a batch of 8 with 8 key heads and 32768 keys."""
+    from bitblas.kernels import attention
+
+    kind = {"int8": torch.int8, "int4": torch.int8, "e4m3_float8": torch.float8_e4m3fn}
+    width = dim // 2 if cache == "int4" else dim
+    keys = meta((8, 32768, 8, width), kind.get(cache, dtype))
+    number = None
+    if cache != "float16":
+        number = meta((8, 8, 32768), dtype).transpose(1, 2)
+    zeros = number if cache == "int4" else None
+    K = keys
+    if layout == "ntn":
+        K = meta((8, width, 8, 32768), keys.dtype).permute(0, 3, 2, 1)
+    Q = meta((8, q_len, heads, dim), dtype)
+    return attention.Operands(Q, K, keys, number, zeros, number, zeros)
+
+
+def compiled(given, arch, causal=False):
+    """Statistics of the launches of the default tile."""
+    from bitblas.kernels import attention
+    from bitblas.kernels import compile as compiler
+
+    tile = attention.tile_for(given, arch, 132, 32768)
+    steps = attention.launches(given, torch.empty_like(given.Q), causal, tile, arch)
+    found = [compiler.statistics(compiler.compile_launch(step, arch)) for step in steps]
+    for statistics in found:
+        assert statistics.shared_bytes <= compat.SHARED[arch], tile
+        assert statistics.local_bytes <= 64, tile
+    return tile, found
+
+
+FEW = [(cache, 128, 1, torch.float16, 90) for cache in CACHES]
+FEW += [("int4", 64, 1, torch.bfloat16, 90), ("int4", 256, 1, torch.float16, 90)]
+FEW += [("int8", 128, 4, torch.float16, 90), ("int4", 128, 1, torch.float16, 80)]
+
+
+@pytest.mark.skipif(versions.why_no_gluon() is not None, reason="no Gluon")
+@pytest.mark.parametrize("cache, dim, q_len, dtype, arch", FEW)
+def test_few_queries_read_caches_16_bytes_at_a_time(cache, dim, q_len, dtype, arch):
+    tile, (attend, *_) = compiled(operands(cache, q_len, dim, dtype), arch, causal=True)
+    assert tile.kernel == "few"
+    assert attend.count("HMMA") > 0
+    assert any(op.startswith("LDG") and ".128" in op for op in attend.opcodes)
+    assert not attend.count("LDGSTS")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    "cache, dim, layout", [("float16", 128, "ntn"), ("float16", 64, "nnn"), ("int8", 128, "nnn")]
+)
+def test_prefill_stays_in_registers(cache, dim, layout, arch):
+    given = operands(cache, 24, dim, heads=32, layout=layout)
+    tile, (attend, *_) = compiled(given, arch, causal=True)
+    assert tile.kernel == "many"
+    assert attend.count("HGMMA" if arch == 90 else "HMMA") > 0
+
+
+def test_parts_cover_the_keys_evenly():
+    from bitblas.kernels import attention
+
+    assert attention._parts(49, 32768, 128) == 43  # 6 steps each; with 49 the longest has 6 too
+    assert attention._parts(1000, 100, 64) == 2
+    assert attention._parts(0, 32768, 128) == 1
+    assert attention._parts(500, 10**6, 16) <= 128
+
+
+def test_caches_that_grow_keep_their_kernels():
+    from bitblas.kernels import attention
+    from bitblas.kernels.compile import Source
+
+    given = operands("int8", 1, 128)
+    tile = attention.tile_for(given, 80, 132, 32768)
+    steps = [
+        attention.launches(given, torch.empty_like(given.Q), False, replace(tile, splits=n), 80)
+        for n in (2, 9)
+    ]
+    keys = [{Source(step).key for step in launches} for launches in steps]
+    assert keys[0] == keys[1]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
