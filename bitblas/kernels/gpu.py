@@ -1,6 +1,6 @@
 """The GPU backend: asks the plan for a kernel family and tile, and keeps what it prepared.
 
-`matmul` and `dequantize` take checked operands. `prepare` gives the call to repeat for operands of
+`matmul`, `dequantize` and `quantize_activation` take checked operands. `prepare` gives the call to repeat for operands of
 the same kind, past the checks and torch's dispatcher.
 """
 
@@ -18,10 +18,10 @@ from .. import cache, plan
 from ..config import MatmulConfig
 from ..layouts import layout_of
 from ..operands import input_features
-from . import portable
+from . import portable, quantize
 from .compile import Source
 from .launch import Launch
-from .prepared import Prepared, execute
+from .prepared import Prepared, architecture, current_device, execute
 
 Operands = tuple[torch.Tensor | None, ...]  # A, W, scale, zeros, bias, input_scale, global_scale
 
@@ -77,6 +77,25 @@ def dequantize(
         step = portable.dequantize_launch(config, fakes[0], fakes[-1], *fakes[1:-1])
         known = _keep(key, [step], W.device, fakes)
     known.run(addresses)
+
+
+def quantize_activation(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dtype: str) -> None:
+    """q (m, K) of `dtype` and scale (m,) of x (m, K); torch_ops says what they are."""
+    operands = (x, q, scale)
+    addresses = [x.data_ptr(), q.data_ptr(), scale.data_ptr()]
+    if reduce(or_, addresses) % 16:
+        execute([quantize.launch(x, q, scale, dtype, _architecture(x.device))], x.device)
+        return
+    key = ("quantize", dtype, x.dtype, x.shape, x.device)
+    if (known := _kept(key)) is None:
+        fakes: Any = tuple(map(_like, operands))
+        step = quantize.launch(*fakes, dtype, _architecture(x.device))
+        known = _keep(key, [step], x.device, fakes)
+    known.run(addresses)
+
+
+def _architecture(device: torch.device) -> int:
+    return architecture(current_device() if device.index is None else device.index)
 
 
 def _nothing() -> None:

@@ -1,0 +1,30 @@
+"""Dynamic quantisation of activations, a scale for each token."""
+
+from __future__ import annotations
+
+import torch
+
+from ..operands import check_no_tangent, check_tensor
+from ..repeat import plain_eager
+from ..torch_ops import quantize_rows
+
+
+def quantize_activation(x: torch.Tensor, dtype: str = "int8") -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, scale) with x about q * scale[..., None]: the A and input_scale of a product with W.
+
+    x: (..., K) float16, bfloat16 or float32. dtype: "int8" or "e4m3_float8". q: of x's shape, in
+    `dtype`. scale: (...) float32, the greatest magnitude of the row over 127 (e4m3_float8: 448);
+    a row of zeros has a tiny one. Values are rounded half to even; float32 arithmetic, the same
+    bits on every device. A row with a NaN or an infinity has the scale NaN, and so NaN products.
+
+    No gradient is passed on; Linear with quantize_activation=True has one.
+
+    Raises ValueError or TypeError for another dtype of x or q, and for rows without values.
+    """
+    check_tensor("x", x)
+    check_no_tangent("x", x)
+    x = x.detach()
+    if plain_eager() and type(x) is torch.Tensor:  # past the dispatcher
+        return quantize_rows(x, dtype)
+    q, scale = torch.ops.bitblas.quantize_activation(x, dtype)
+    return q, scale
