@@ -157,9 +157,9 @@ def launches(case: Case) -> list[Any]:
     width = config.K // 2 if config.A_dtype == "int4" else config.K
     return module.launches(
         config,
-        _meta((m, width), config.torch_A_dtype),
-        _meta(module.layout(config).shape(config.bits, config.N, config.K), torch.int8),
-        _meta((m, config.N), config.torch_out_dtype),
+        meta((m, width), config.torch_A_dtype),
+        meta(module.layout(config).shape(config.bits, config.N, config.K), torch.int8),
+        meta((m, config.N), config.torch_out_dtype),
         **extras(config),
         tile=tile,
     )
@@ -169,15 +169,15 @@ def extras(config: MatmulConfig) -> dict[str, torch.Tensor]:
     """scale, zeros and global_scale on the meta device, as far as the config has them."""
     found = {}
     if config.with_scaling:
-        found["scale"] = _meta((config.N, config.num_groups), config.scale_dtypes[0])
+        found["scale"] = meta((config.N, config.num_groups), config.scale_dtypes[0])
     if config.with_zeros:
-        found["zeros"] = _meta(config.zeros_shape, config.zeros_dtypes[0])
+        found["zeros"] = meta(config.zeros_shape, config.zeros_dtypes[0])
     if config.format.has_global_scale:
-        found["global_scale"] = _meta((1,), torch.float32)
+        found["global_scale"] = meta((1,), torch.float32)
     return found
 
 
-def _meta(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+def meta(shape: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 

@@ -1,7 +1,7 @@
 """The GPU backend: asks the plan for a kernel family and tile, and keeps what it prepared.
 
-`matmul`, `dequantize` and `quantize_activation` take checked operands. `prepare` gives the call to repeat for operands of
-the same kind, past the checks and torch's dispatcher.
+`matmul`, `dequantize` and `quantize_activation` take checked operands. `prepare` gives the call to
+repeat for operands of the same kind, past the checks and torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -81,15 +81,14 @@ def dequantize(
 
 def quantize_activation(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dtype: str) -> None:
     """q (m, K) of `dtype` and scale (m,) of x (m, K); torch_ops says what they are."""
-    operands = (x, q, scale)
     addresses = [x.data_ptr(), q.data_ptr(), scale.data_ptr()]
     if reduce(or_, addresses) % 16:
         execute([quantize.launch(x, q, scale, dtype, _architecture(x.device))], x.device)
         return
     key = ("quantize", dtype, x.dtype, x.shape, x.device)
     if (known := _kept(key)) is None:
-        fakes: Any = tuple(map(_like, operands))
-        step = quantize.launch(*fakes, dtype, _architecture(x.device))
+        fakes: Any = tuple(map(_like, (x, q, scale)))
+        step = quantize.launch(fakes[0], fakes[1], fakes[2], dtype, _architecture(x.device))
         known = _keep(key, [step], x.device, fakes)
     known.run(addresses)
 

@@ -10,8 +10,8 @@ from ..config import LEAST_MAGNITUDE, QUANTIZED_ACTIVATIONS
 from . import quantize_kernels as kernels
 from .launch import PROGRAMMATIC_LAUNCH, Launch
 
-MOST_COLUMNS = 32768  # that a block keeps in registers: 64 a thread
-_COLUMNS_PER_THREAD = 16
+MOST_COLUMNS = 32768  # that a block keeps in registers, 64 a thread; of longer rows 8192 at a time
+_COLUMNS_PER_THREAD = 16  # where a row leaves room for so few
 
 
 def launch(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dtype: str, arch: int) -> Launch:
@@ -20,7 +20,7 @@ def launch(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dtype: str, ar
     All are contiguous, m and K at least 1.
     """
     m, k = x.shape
-    block = min(max(1 << (k - 1).bit_length(), 64), MOST_COLUMNS)
+    block = max(1 << (k - 1).bit_length(), 64) if k <= MOST_COLUMNS else 8192
     rows = 1 if m < 2048 else max(1, 2048 // block)  # short rows share a block if there are many
     warps = min(max(rows * block // (32 * _COLUMNS_PER_THREAD), 1), 16)
     programmatic = PROGRAMMATIC_LAUNCH and arch >= 90

@@ -1,4 +1,4 @@
-"""Device code of the activation quantiser: plain Triton, sm_80 and up, also Triton's interpreter."""
+"""Device code of the activation quantiser: plain Triton, sm_80 and up, also its interpreter."""
 
 # Triton gives these functions' parameters their types.
 # mypy: disable-error-code="no-untyped-def"
@@ -43,7 +43,7 @@ def to_e4m3(y):
 @triton.jit
 def quantized(x, inverse, finite, KIND: tl.constexpr):
     """x / scale, rounded; 0 in rows that are not finite."""
-    y = tl.where(finite, x.to(tl.float32), 0.0) * inverse
+    y = tl.where(finite, x.to(tl.float32) * inverse, 0.0)
     if KIND == "int8":
         return to_int8(y)
     else:
