@@ -84,7 +84,7 @@ def compiled(config: MatmulConfig, m: int, arch: int, step: int = 0):
     """Statistics of a step of the default product of m rows; operands are meta tensors."""
     from bitblas.kernels import compile as compiler
 
-    launch = compat.launches(compat.Case("portable", config, m, arch))[step]
+    launch = compat.Case("portable", config, m, arch).launches()[step]
     return compiler.statistics(compiler.compile_launch(launch, arch))
 
 

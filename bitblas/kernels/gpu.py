@@ -148,20 +148,19 @@ def sources(
     Whether 8-bit activations come with an input_scale is not known, so both are there.
     """
 
-    def meta(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor | None:
-        return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
+    def optional(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor | None:
+        return None if dtype is None else _meta(shape, dtype)
 
-    A = meta((m, input_features(config)), config.torch_A_dtype)
-    W = meta(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8)
-    scale = meta((config.N, config.num_groups), dtypes[0])
-    zeros = meta(config.zeros_shape, dtypes[1])
-    bias = meta((config.N,), dtypes[2])
-    global_scale = meta((1,), torch.float32 if config.format.has_global_scale else None)
+    A = _meta((m, input_features(config)), config.torch_A_dtype)
+    W = _meta(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8)
+    scale = optional((config.N, config.num_groups), dtypes[0])
+    zeros = optional(config.zeros_shape, dtypes[1])
+    bias = optional((config.N,), dtypes[2])
+    global_scale = _meta((1,), torch.float32) if config.format.has_global_scale else None
     input_scales: list[torch.Tensor | None] = [None]
     if config.torch_A_dtype.itemsize == 1:
-        input_scales.append(meta((m,), torch.float32))
-    out = meta((m, config.N), config.torch_out_dtype)
-    assert out is not None
+        input_scales.append(_meta((m,), torch.float32))
+    out = _meta((m, config.N), config.torch_out_dtype)
     return [
         Source(step)
         for input_scale in input_scales
@@ -169,6 +168,13 @@ def sources(
             config, (A, W, scale, zeros, bias, input_scale, global_scale), out, m, device
         )
     ]
+
+
+def quantizer_source(config: MatmulConfig, m: int, arch: int) -> Source:
+    """The kernel that quantises m rows of out_dtype to A_dtype, on compute capability arch."""
+    shape = (m, config.K)
+    x, q = _meta(shape, config.torch_out_dtype), _meta(shape, config.torch_A_dtype)
+    return Source(quantize.launch(x, q, _meta((m,), torch.float32), config.A_dtype, arch))
 
 
 def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
@@ -189,7 +195,11 @@ def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
 
 def _like(x: torch.Tensor | None) -> torch.Tensor | None:
     """A tensor of the same kind without memory, but with a storage that it is known by."""
-    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return None if x is None else _meta(x.shape, x.dtype)
+
+
+def _meta(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _kinds(operands: Operands) -> tuple[Any, ...]:
