@@ -21,6 +21,7 @@ from .operands import check_call, check_output, check_unquantized, check_weight,
 
 Optional = torch.Tensor | None
 Prepared = Callable[[tuple[Optional, ...]], Optional]
+Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 
 _EXTRAS = "Tensor? scale, Tensor? zeros, Tensor? bias, Tensor? input_scale, Tensor? global_scale"
 _library = torch.library.Library("bitblas", "DEF")
@@ -61,6 +62,14 @@ def prepare(config: MatmulConfig, operands: tuple[Optional, ...]) -> Prepared | 
         return None
     prepared: Prepared | None = _backend("cuda").prepare(config, operands)
     return prepared
+
+
+def prepare_quantizer(x: torch.Tensor, dtype: str) -> Quantizer | None:
+    """The call to repeat for tensors like x, which has passed the checks (None: not this way)."""
+    if x.device.type != "cuda":
+        return None
+    quantizer: Quantizer | None = _backend("cuda").prepare_quantizer(x, dtype)
+    return quantizer
 
 
 def _share_memory(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from fake_cuda import FakeCuda, install
 from interpreter import interpret_all, print_results
 from rows import FLOATS, as_bytes, draw_rows
 
+from bitblas import quantize_activation
 from bitblas.config import QUANTIZED_ACTIVATIONS, TORCH_DTYPES
 
 # a row in one block, several rows in one, and a row that a block walks over
@@ -25,7 +26,6 @@ INTERPRETED = {
 
 def interpret(size: str, given: str, dtype: str) -> bool:
     """Whether the kernel's results are those of the CPU, bit for bit."""
-    from bitblas import quantize_activation
     from bitblas.kernels import prepared, quantize
 
     m, k = SIZES[size]
@@ -105,26 +105,68 @@ def test_only_hopper_starts_early(monkeypatch):
     assert "launch_pdl" not in quantize.launch(*operands, "int8", 90).options
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors stand in for the GPU's")
-def test_calls_of_a_kind_share_a_prepared_launch(monkeypatch):
+@pytest.fixture
+def cuda(monkeypatch):
+    """A driver that launches nothing; CPU tensors stand in for the GPU's."""
     from bitblas.kernels import gpu
+    from bitblas.quantization import activation
 
+    if torch.cuda.is_available():
+        pytest.skip("CPU tensors stand in for the GPU's")
     fake = FakeCuda()
     install(monkeypatch, fake)
     monkeypatch.setattr(gpu, "architecture", lambda device: 90)
     monkeypatch.setattr(gpu, "current_device", lambda: 0)
     monkeypatch.setattr(gpu, "_prepared", {})
+    monkeypatch.setattr(activation, "prepare_quantizer", gpu.prepare_quantizer)
+    monkeypatch.setattr(activation, "_calls", {})
+    return fake
+
+
+def test_calls_of_a_kind_share_a_prepared_launch(cuda):
+    from bitblas.kernels import gpu
+
     for m, k in ((2, 64), (2, 64), (2, 128), (4, 32)):
         x, q, scale = torch.zeros(m, k), torch.zeros(m, k, dtype=torch.int8), torch.zeros(m)
         gpu.quantize_activation(x, q, scale, "int8")
         pointers = tuple(t.data_ptr() for t in (x, q, scale))
-        assert fake.launched[-1].values == (*pointers, m, k, 0, 0)  # and Triton's scratch pointers
-        assert fake.launched[-1].attributes == 1
+        assert cuda.launched[-1].values == (*pointers, m, k, 0, 0)  # and Triton's scratch pointers
+        assert cuda.launched[-1].attributes == 1
     assert len(gpu._prepared) == 3
     unaligned = torch.zeros(129)[1:].view(2, 64)
     gpu.quantize_activation(unaligned, q := torch.zeros(2, 64).char(), torch.zeros(2), "int8")
-    assert fake.launched[-1].values[:2] == (unaligned.data_ptr(), q.data_ptr())
+    assert cuda.launched[-1].values[:2] == (unaligned.data_ptr(), q.data_ptr())
     assert len(gpu._prepared) == 3
+
+
+def test_a_repeated_call_hands_the_driver_its_operands(cuda, seed):
+    x = draw_rows(6, 64, torch.float16, seed).view(2, 3, 64)
+    quantize_activation(x)
+    assert cuda.launched == []  # the first goes through the registered operator
+    for given in (x, x + 1):
+        q, scale = quantize_activation(given)
+        assert q.shape == x.shape and q.dtype == torch.int8
+        assert scale.shape == (2, 3) and scale.dtype == torch.float32
+        pointers = tuple(t.data_ptr() for t in (given, q, scale))
+        assert cuda.launched[-1].values[:5] == (*pointers, 6, 64)
+    quantize_activation(x.requires_grad_())
+    q, scale = quantize_activation(x)
+    assert len(cuda.launched) == 3 and not scale.requires_grad
+
+
+def test_what_needs_conversion_takes_the_long_way(cuda, seed):
+    x = draw_rows(4, 64, torch.float16, seed)
+    expected = quantize_activation(x)
+    unaligned = torch.empty(257, dtype=x.dtype)[1:].view(4, 64).copy_(x)
+    for same in (x.T.contiguous().T, unaligned):
+        for _ in range(2):
+            assert all(map(torch.equal, quantize_activation(same), expected))
+    bad = torch.zeros(4, 64).double()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="x: got torch.float64"):
+            quantize_activation(bad)
+        assert quantize_activation(x[:0])[0].shape == (0, 64)
+    assert cuda.launched == []
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ def to_int8(y):
 
 @triton.jit
 def to_e4m3(y):
-    """The byte of the nearest e4m3 number, half to even, |y| <= 448; GPUs before sm_89 have no
-    instruction for it.
+    """The byte of the nearest e4m3 number, half to even, |y| <= 448, where no instruction gives it.
 
     From 2^-6 up the exponent's bias changes by 120 and 20 mantissa bits are rounded away; a carry
     goes into the exponent, as it should. Below, codes count in units of 2^-9.
@@ -41,11 +40,13 @@ def to_e4m3(y):
 
 
 @triton.jit
-def quantized(x, inverse, finite, KIND: tl.constexpr):
+def quantized(x, inverse, finite, KIND: tl.constexpr, CONVERTS: tl.constexpr):
     """x / scale, rounded; 0 in rows that are not finite."""
     y = tl.where(finite, x.to(tl.float32) * inverse, 0.0)
     if KIND == "int8":
         return to_int8(y)
+    elif CONVERTS:
+        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         return to_e4m3(y)
 
@@ -54,13 +55,16 @@ def quantized(x, inverse, finite, KIND: tl.constexpr):
 def quantize_kernel(
     X, Q, SCALE, M, K,
     KIND: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr, K_ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    CONVERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
     """Q[M, K] and SCALE[M] of X[M, K], ROWS rows a block, BLOCK columns at a time.
 
     ONE_BLOCK: a row fits and stays in registers; otherwise it is read twice, the second time from
-    the L2 cache. To be compiled without contraction of products and sums: a result is then that of
-    float32 arithmetic in the order of the source, the same as on the CPU.
+    the L2 cache. CONVERTS: the GPU has instructions for e4m3 (sm_89 and up).
+
+    To be compiled without contraction of products and sums: a result is then that of float32
+    arithmetic in the order of the source, the same as on the CPU.
     """
     if PROGRAMMATIC:  # X may be what the kernel ahead is writing
         tl.inline_asm_elementwise(
@@ -91,9 +95,10 @@ def quantize_kernel(
     inverse = tl.div_rn(1.0, scale)[:, None]
     finite = finite[:, None]
     if ONE_BLOCK:
-        tl.store(Q + start + column, quantized(x, inverse, finite, KIND), mask=mask)
+        tl.store(Q + start + column, quantized(x, inverse, finite, KIND, CONVERTS), mask=mask)
     else:
         for first in range(0, K, BLOCK):
             mask = inside & (first + column < K)
             x = tl.load(X + start + first + column, mask=mask, other=0)
-            tl.store(Q + start + first + column, quantized(x, inverse, finite, KIND), mask=mask)
+            q = quantized(x, inverse, finite, KIND, CONVERTS)
+            tl.store(Q + start + first + column, q, mask=mask)
