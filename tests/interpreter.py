@@ -1,4 +1,6 @@
-"""Kernels in Triton's interpreter, which is chosen when triton is imported: in own processes."""
+"""Kernels in Triton's interpreter, which is chosen when triton is imported: in processes of their
+own, which run the `main` of a test module.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,46 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
-def mend() -> None:
-    """What of the interpreter does not work with the installed libraries."""
+def interpret_all(module: str, shards: int) -> dict[str, object]:
+    """What `python module i` prints through print_results, for i in range(shards), at once."""
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, module, str(shard)], env=environment, stdout=subprocess.PIPE
+        )
+        for shard in range(shards)
+    ]
+    results: dict[str, object] = {}
+    for process in processes:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0
+        results |= json.loads(output)
+    return results
+
+
+def print_results(cases: Mapping[str, Callable[[], object]]) -> None:
+    """Run cases in the interpreter and print their results as JSON: what they return, or the text
+    of an exception."""
+    _patch()
+    results: dict[str, object] = {}
+    for name, case in cases.items():
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+def _patch() -> None:
     from triton.runtime import interpreter
 
     # NumPy 2.4 refuses int() of one-element arrays, which Triton 3.6 uses for loop bounds.
@@ -32,37 +68,3 @@ def mend() -> None:
         return load(self, pointers, mask, *rest)
 
     builder.create_masked_load = load_with_boolean_mask
-
-
-def print_results(cases: dict[str, Callable[[], object]]) -> None:
-    """What each case returns, as JSON, or the text of an exception."""
-    mend()
-    results: dict[str, object] = {}
-    for name, case in cases.items():
-        try:
-            results[name] = case()
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
-def run(file: str, shards: int) -> dict[str, object]:
-    """What `file`, called with 0, 1, ... in as many processes, prints by print_results."""
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, file, str(shard)], env=environment, stdout=subprocess.PIPE
-        )
-        for shard in range(shards)
-    ]
-    results: dict[str, object] = {}
-    for process in processes:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0
-        results |= json.loads(output)
-    return results

@@ -11,10 +11,10 @@ from dataclasses import replace
 from functools import partial
 
 import compat
-import interpreter
 import pytest
 import torch
 from attention_cases import CACHES, cache_of, draw
+from interpreter import interpret_all, print_results
 
 pytest.importorskip("triton")
 from bitblas.kernels import versions
@@ -79,12 +79,12 @@ def main(shard: int) -> None:
     """Print the results of a shard's cases: numbers, or the text of an exception."""
     cases = {name: partial(interpret, **fields) for name, fields in INTERPRETED.items()}
     cases |= {name: partial(expand, *fields) for name, fields in EXPANDED.items()}
-    interpreter.print_results(dict(list(cases.items())[shard::SHARDS]))
+    print_results(dict(list(cases.items())[shard::SHARDS]))
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, object]:
-    return interpreter.run(__file__, SHARDS)
+    return interpret_all(__file__, SHARDS)
 
 
 @pytest.mark.parametrize("name", [*INTERPRETED, *EXPANDED])

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from functools import partial
 
 import compat
-import interpreter
 import pytest
 import torch
 from compat import COMBINATIONS, make_config
+from interpreter import interpret_all, print_results
 from problems import draw, relative_error, tolerance
 
 from bitblas.config import MatmulConfig, MatmulConfigWithSplitK
@@ -64,14 +63,13 @@ def interpret(
 
 
 def main(shard: int) -> None:
-    """Print the results of a shard's cases: numbers, or the text of an exception."""
-    cases = list(INTERPRETED.items())[shard::SHARDS]
-    interpreter.print_results({name: partial(interpret, *case) for name, case in cases})
+    cases = dict(list(INTERPRETED.items())[shard::SHARDS])
+    print_results({name: lambda case=case: interpret(*case) for name, case in cases.items()})
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, object]:
-    return interpreter.run(__file__, SHARDS)
+    return interpret_all(__file__, SHARDS)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -87,7 +85,7 @@ def compiled(config: MatmulConfig, m: int, arch: int, step: int = 0):
     """Statistics of a step of the default product of m rows; operands are meta tensors."""
     from bitblas.kernels import compile as compiler
 
-    launch = compat.launches(compat.Case("portable", config, m, arch))[step]
+    launch = compat.Case("portable", config, m, arch).launches()[step]
     return compiler.statistics(compiler.compile_launch(launch, arch))
 
 

@@ -1,5 +1,6 @@
-"""Quantisation helpers: rounding to nearest, packing, the interleaved order of BitBLAS 0.1."""
+"""Quantisation of weights and activations, packing, the interleaved order of BitBLAS 0.1."""
 
+from .activation import quantize_activation
 from .kv_cache import QuantizedKV, quantize_kv
 from .rounding import QuantizedWeight, quantize_weight
 from .utils import gen_quant4, general_compress, interleave_weight
@@ -11,5 +12,6 @@ __all__ = [
     "general_compress",
     "interleave_weight",
     "quantize_kv",
+    "quantize_activation",
     "quantize_weight",
 ]
