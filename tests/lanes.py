@@ -162,8 +162,7 @@ def mma(bf16: bool, *registers: Any) -> tuple[Tensor, ...]:
             columns[:, 2 * quad + h + 8 * i, group] = halves(x, bf16)[..., h]
     product = rows @ columns
     return tuple(
-        Tensor(x.data + product[:, group + 8 * (i // 2), 2 * quad + i % 2])
-        for i, x in enumerate(c)
+        Tensor(x.data + product[:, group + 8 * (i // 2), 2 * quad + i % 2]) for i, x in enumerate(c)
     )
 
 
@@ -241,7 +240,9 @@ def where(condition: Tensor, x: Any, y: Any) -> Tensor:
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Tensor:
     inside = np.broadcast_to(True if mask is None else mask.data, pointer.offset.shape)
-    pointer = Pointer(pointer.memory, pointer.element, np.broadcast_to(pointer.offset, inside.shape))
+    pointer = Pointer(
+        pointer.memory, pointer.element, np.broadcast_to(pointer.offset, inside.shape)
+    )
     values = pointer.elements()[pointer.places(inside)]
     return Tensor(np.where(inside, values, np.asarray(other, values.dtype)))
 
