@@ -103,13 +103,14 @@ def launches(
     }  # fmt: skip
     padded = max(32, 1 << (dim - 1).bit_length())
     pdl = tile.splits > 1 and arch >= 90
+    quantised = k_scale is not None or v_scale is not None  # two loops would not fit registers
     constants = {
         "SCALE": math.log2(math.e) / math.sqrt(dim), "GROUP": group, "KV_HEADS": kv_heads,
         "DIM": dim, "D": padded, "CAUSAL": causal,
         "K_KIND": kind_of(K, Q), "V_KIND": kind_of(V, Q),
         "UNIT_Q": units["Q"], "UNIT_K": units["K"], "UNIT_V": units["V"],
         "K_DIM_MAJOR": dim_major, "SPLIT": tile.splits > 1,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PEEL": tile.block_m > 16,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PEEL": tile.block_m > 16 and not quantised,
         "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
@@ -205,9 +206,12 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
         return _tile_for_few(rows, dim, kind, kv_heads * batch, multiprocessors, k_len)
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
+    elif quantised and dim > 128:
+        tile = Tile(32, 64, 4, 3)
     elif quantised:
-        # H200, 64 rows, int8: 277 us with blocks of 64 and 128 keys, 340 with 64 and 64
-        tile = Tile(64, 128, 4, 2) if dim <= 128 else Tile(32, 64, 4, 3)
+        # H200, 64 rows, int8: 277 us with 64 rows and 128 keys, 340 with 64 keys; int4 would spill
+        int4 = "int4" in (kind_of(K, Q), kind_of(V, Q))
+        tile = Tile(32 if int4 else 64, 128, 4, 2)
     elif dim <= 64:
         tile = Tile(128, 64, 4, 3)
     else:

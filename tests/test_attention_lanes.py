@@ -1,0 +1,90 @@
+"""The Gluon kernel for few queries on the CPU, by the stand-in of lanes.py: results of every kind
+of cache and number of queries, and that no address lies outside an operand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import lanes
+import pytest
+import torch
+from attention_cases import CACHES, Problem, draw
+
+pytest.importorskip("triton")
+from bitblas.kernels import attention, versions
+from bitblas.kernels.launch import Workspace
+
+if versions.why_no_gluon() is not None:
+    pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
+
+KERNELS = Path(attention.__file__).with_name("attention_decode_kernels.py")
+
+
+def run(problem: Problem, tile: attention.Tile) -> torch.Tensor:
+    """By the kernel, and where it splits keys, its parts added as `combine` does."""
+    Q, K, V = problem.tensors
+    extras = {name: x for name, x in problem.extras.items() if name != "kv_len"}
+    operands = attention.Operands(Q, K, V, **extras, lengths=problem.extras.get("kv_len"))
+    assert attention._serves_few(operands, 90)
+    out = torch.full_like(Q, float("nan"))
+    attend = attention.launches(operands, out, problem.config.is_causal, tile, 90)[0]
+    given = {
+        name: torch.full(x.shape, float("nan"), dtype=x.dtype) if isinstance(x, Workspace) else x
+        for name, x in attend.arguments.items()
+    }
+    lanes.run(KERNELS, "attend_few", attend.grid, given | attend.constants)
+    if tile.splits == 1:
+        return out
+    parts, lse = given["OUT"], given["LSE"]
+    weights = torch.exp2(lse - lse.amax(0).nan_to_num(neginf=0))
+    weights /= weights.sum(0).clamp(min=1e-30)
+    return (parts * weights[..., None]).sum(0)
+
+
+def tile_of(rows: int, cache: str, splits: int, dim: int = 64) -> attention.Tile:
+    """The default tile of a kind of cache, in so many parts."""
+    kind = {"float16": "dense", "e4m3_float8": "e4m3"}.get(cache, cache)
+    return replace(attention._tile_for_few(rows, dim, kind, 2, 132, 64), splits=splits)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_odd_lengths_behind_which_lies_poison(cache, dtype):
+    shape = dict(heads=6, k_len=203, dim=64, dtype=dtype, lengths=[203, 77])
+    problem = draw(caches=(cache, cache), **shape)
+    problem.check(run(problem, tile_of(3, cache, 2)))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_dims(cache, dim):
+    problem = draw(1, 1, 4, 1, 90, dim, caches=(cache, cache))
+    problem.check(run(problem, tile_of(4, cache, 1, dim)))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("q_len", [2, 5])
+def test_causal_queries(cache, q_len):
+    """Five queries of four heads are two tiles of 16 rows."""
+    problem = draw(1, q_len, 4, 1, 131, 64, caches=(cache, cache), causal=True)
+    problem.check(run(problem, tile_of(4 * q_len, cache, 3)))
+
+
+@pytest.mark.parametrize("caches", [("int4", "int8"), ("float16", "int4"), ("e4m3_float8", "int4")])
+def test_keys_and_values_of_different_kinds(caches):
+    problem = draw(heads=4, k_len=70, dim=64, caches=caches, lengths=[70, 0])
+    problem.check(run(problem, tile_of(2, caches[0], 2)))
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+def test_tiny_values_keep_their_digits(cache):
+    problem = draw(k_len=100, dim=64, caches=(cache, cache), value_scale=1e-4)
+    problem.check(run(problem, tile_of(2, cache, 1)))
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("keys", [16, 32, 64])
+def test_steps_of_any_size_and_order(order, keys):
+    problem = draw(heads=4, k_len=300, dim=64, caches=("int4", "int4"))
+    problem.check(run(problem, attention.Tile(8, keys, 2, order, 2, "few")))
