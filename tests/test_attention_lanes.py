@@ -83,8 +83,8 @@ def test_tiny_values_keep_their_digits(cache):
     problem.check(run(problem, tile_of(2, cache, 1)))
 
 
-@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("keys", [16, 32, 64])
-def test_steps_of_any_size_and_order(order, keys):
+def test_steps_of_any_size_and_order(stages, keys):
     problem = draw(heads=4, k_len=300, dim=64, caches=("int4", "int4"))
-    problem.check(run(problem, attention.Tile(8, keys, 2, order, 2, "few")))
+    problem.check(run(problem, attention.Tile(8, keys, 2, stages, 2, "few")))

@@ -24,12 +24,13 @@ from .prepared import Prepared, architecture, current_device, execute
 _MOST_SPLITS = 128
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 _MOST_KEPT = 4096  # prepared calls
-# Of attend_few for each kind, the narrowest first: keys of a warp in a step, warps, registers.
+# Of attend_few for each kind, the narrowest first: keys of a warp in a step, warps, registers,
+# stages (2: scores a step ahead).
 _FEW = {
     "int4": (32, 4, 168, 2),
-    "int8": (32, 4, 168, 0),
-    "e4m3": (16, 8, 128, 0),
-    "dense": (16, 8, 255, 0),
+    "int8": (32, 4, 168, 1),
+    "e4m3": (16, 8, 128, 1),
+    "dense": (16, 8, 255, 1),
 }
 
 
@@ -110,8 +111,8 @@ def launches(
         "K_KIND": kind_of(K, Q), "V_KIND": kind_of(V, Q),
         "UNIT_Q": units["Q"], "UNIT_K": units["K"], "UNIT_V": units["V"],
         "K_DIM_MAJOR": dim_major, "SPLIT": tile.splits > 1,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PEEL": tile.block_m > 16 and not quantised,
-        "NATIVE_FP8": arch >= 89, "PDL": pdl,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "PEEL": tile.block_m > 16 and not quantised, "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
     if tile.kernel == "few":
@@ -153,7 +154,7 @@ def _few_launch(
     constants = {name: constants[name] for name in kept} | token_strides | {
         "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
         "HALVES": tile.block_m // 8, "KEYS": tile.block_n, "WARPS": tile.num_warps,
-        "ORDER": tile.num_stages,
+        "AHEAD": tile.num_stages > 1,
     }  # fmt: skip
     options = {"maxnreg": tile.registers} if tile.registers else {}
     function = decode_kernels.attend_few
@@ -236,7 +237,7 @@ def _tile_for_few(
     rows: int, dim: int, kind: str, heads: int, multiprocessors: int, k_len: int
 ) -> Tile:
     """kind: of keys or values, whichever are wider. heads: key heads of the whole batch."""
-    keys, warps, registers, order = _FEW[kind]
+    keys, warps, registers, stages = _FEW[kind]
     block_m = 8 if rows <= 8 or dim > 128 else 16
     if dim > 128 or block_m > 8:
         warps, registers = 4, 255
@@ -245,7 +246,7 @@ def _tile_for_few(
     resident = 65536 // (32 * warps * registers)  # blocks on a multiprocessor
     blocks = -(-rows // block_m) * heads
     splits = _parts(resident * multiprocessors // blocks, k_len, warps * keys)
-    return Tile(block_m, keys, warps, order, splits, "few", registers)
+    return Tile(block_m, keys, warps, stages, splits, "few", registers)
 
 
 def _serves_few(operands: Operands, arch: int) -> bool:

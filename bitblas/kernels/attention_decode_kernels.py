@@ -2,7 +2,7 @@
 
 Time is what reading the cache takes, if nothing stands in the way: so no shared memory and no
 barrier within the loop, codes go from global memory into the registers of the matrix instruction,
-and every warp walks over keys of its own. Its keys and values are loaded one step ahead.
+and every warp walks over keys of its own. Keys and values are loaded a step ahead.
 
 Tensors are [WARPS, 32], an element for each lane; a tuple of them is what a lane has in registers.
 mma.m16n8k16 multiplies rows by columns; with lane = 4 * g + c it wants
@@ -694,14 +694,15 @@ def attend_few(
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
     K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, HALVES: gl.constexpr,
-    KEYS: gl.constexpr, WARPS: gl.constexpr, ORDER: gl.constexpr,
+    KEYS: gl.constexpr, WARPS: gl.constexpr, AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """8 * HALVES rows of one key head against a part of its keys; see attend, whose grid this has.
 
     Everything is read as words of 32 bits. Strides of Q, K and V are in units of 16 bytes, those of
     scales and zeros, whose tokens are contiguous, of 8. ROW_LIMITS: rows see different keys
-    (causal). KEYS: of a warp in a step.
+    (causal). KEYS: of a warp in a step. AHEAD: scores are those of the next step, so that their
+    products and the exponentials of this one do not wait for each other.
     """
     if PDL:
         let_next_kernel_start()
@@ -797,73 +798,47 @@ def attend_few(
     unit = zero + (TINY if V_KIND != "dense" else 1.0)
 
     steps = (hi - lo + STRIDE - 1) // STRIDE
-    if ORDER == 0:
-        for _ in range(steps):
-            scores = score_step(
-                keys, queries, sums, limits, first, g, hi, K_KIND, BF16, ROW_LIMITS, HALVES, KEYS,
-                WARPS,
-            )  # fmt: skip
-            keys = load_key_step(
-                K, K_SCALE, K_ZEROS, first + STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS, WARPS
-            )  # fmt: skip
-            next_values = load_value_step(
-                V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS, WARPS
-            )  # fmt: skip
-            keep_loads_here()
-            weights, alphas, m, norm, unit = weigh_step(
-                scores, values[1], factors, m, norm, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
-            )  # fmt: skip
-            acc, zero_acc = add_step(
-                values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS,
-                ROWS,
-            )  # fmt: skip
-            values = next_values
-            first += STRIDE
-    else:
+    if AHEAD:
         scores = score_step(
-            keys, queries, sums, limits, first, g, hi, K_KIND, BF16, ROW_LIMITS, HALVES, KEYS,
-            WARPS,
+            keys, queries, sums, limits, first, g, hi, K_KIND, BF16, ROW_LIMITS, HALVES, KEYS, WARPS
         )  # fmt: skip
         keys = load_key_step(
             K, K_SCALE, K_ZEROS, first + STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS, WARPS
         )  # fmt: skip
-        for _ in range(steps):
-            if ORDER == 1:
-                next_keys = load_key_step(
-                    K, K_SCALE, K_ZEROS, first + 2 * STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS,
-                    K_WORDS, WARPS,
-                )  # fmt: skip
-                next_values = load_value_step(
-                    V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS,
-                    WARPS,
-                )  # fmt: skip
-                keep_loads_here()
+    for _ in range(steps):
+        if AHEAD:
+            next_keys = load_key_step(
+                K, K_SCALE, K_ZEROS, first + 2 * STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS,
+                WARPS,
+            )  # fmt: skip
+        else:
+            scores = score_step(
+                keys, queries, sums, limits, first, g, hi, K_KIND, BF16, ROW_LIMITS, HALVES, KEYS,
+                WARPS,
+            )  # fmt: skip
+            next_keys = load_key_step(
+                K, K_SCALE, K_ZEROS, first + STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS, K_WORDS, WARPS
+            )  # fmt: skip
+        next_values = load_value_step(
+            V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS, WARPS
+        )  # fmt: skip
+        keep_loads_here()
+        if AHEAD:
             next_scores = score_step(
                 keys, queries, sums, limits, first + STRIDE, g, hi, K_KIND, BF16, ROW_LIMITS,
                 HALVES, KEYS, WARPS,
             )  # fmt: skip
-            if ORDER == 2:
-                next_keys = load_key_step(
-                    K, K_SCALE, K_ZEROS, first + 2 * STRIDE, g, c, hi, K_KIND, K_TOKEN, KEYS,
-                    K_WORDS, WARPS,
-                )  # fmt: skip
-            weights, alphas, m, norm, unit = weigh_step(
-                scores, values[1], factors, m, norm, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
-            )  # fmt: skip
-            acc, zero_acc = add_step(
-                values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS,
-                ROWS,
-            )  # fmt: skip
-            if ORDER == 2:
-                next_values = load_value_step(
-                    V, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi, V_KIND, V_TOKEN, KEYS, V_WORDS,
-                    WARPS,
-                )  # fmt: skip
-                keep_loads_here()
-            keys = next_keys
-            values = next_values
+        weights, alphas, m, norm, unit = weigh_step(
+            scores, values[1], factors, m, norm, unit, first, g, hi, V_KIND, BF16, HALVES, KEYS
+        )  # fmt: skip
+        acc, zero_acc = add_step(
+            values, weights, alphas, acc, zero_acc, first, c, hi, V_KIND, BF16, HALVES, KEYS, ROWS
+        )  # fmt: skip
+        if AHEAD:
             scores = next_scores
-            first += STRIDE
+        keys = next_keys
+        values = next_values
+        first += STRIDE
 
     # the warps' parts, in units of the largest score and scale of all of them
     shared = over_warps((unit,) + m, WARPS)
