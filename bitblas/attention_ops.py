@@ -33,6 +33,7 @@ _MOST_DIM = 256  # of "triton", "cudnn" and "flash"
 # once what reading codes within the kernel costs each tile of queries.
 MOST_ROWS_IN_PLACE = 128
 
+_CONTIGUOUS = torch.contiguous_format
 Optional = torch.Tensor | None
 _OPERANDS = (
     "Tensor Q, Tensor K, Tensor V, Tensor? k_scale, Tensor? k_zeros, Tensor? v_scale, "
@@ -96,14 +97,37 @@ def _report(choice: str, wanted: str, key: str, few: bool, device: str) -> None:
     logger.info("attention on %s, %s, backend %r: %s; %s", device, kind, wanted, choice, key)
 
 
+def _run(
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    numbers: tuple[Optional, ...],
+    kv_len: Optional,
+    key: str,
+    backend: str,
+    out: Optional,
+) -> torch.Tensor:
+    """Attention over checked operands, into `out` or a new, contiguous tensor."""
+    config = FlashAttenConfig.from_key(key)
+    K = _check_call(config, Q, K, V, numbers, kv_len)
+    if out is not None:
+        _check_output(Q, out)
+    if Q.numel() == 0 or V.shape[1] == 0:
+        return torch.zeros_like(Q, memory_format=_CONTIGUOUS) if out is None else out.zero_()
+    choice = choose(config, backend, Q, K, V, kv_len is not None)
+    _report(choice, backend, key, Q.shape[1] <= 16, str(Q.device))
+    if choice == "triton":
+        return _by_own_kernels(config, Q, K, V, numbers, kv_len, out)
+    product = _by_torch(config, choice, Q, K, V, numbers, kv_len)
+    return product.contiguous() if out is None else out.copy_(product)
+
+
 def _attention(
     Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
     k_scale: Optional, k_zeros: Optional, v_scale: Optional, v_zeros: Optional, kv_len: Optional,
     config: str, backend: str,
 ) -> torch.Tensor:  # fmt: skip
-    out = torch.empty_like(Q, memory_format=torch.contiguous_format)
-    _attention_out(Q, K, V, k_scale, k_zeros, v_scale, v_zeros, kv_len, config, backend, out)
-    return out
+    return _run(Q, K, V, (k_scale, k_zeros, v_scale, v_zeros), kv_len, config, backend, None)
 
 
 def _attention_out(
@@ -111,21 +135,7 @@ def _attention_out(
     k_scale: Optional, k_zeros: Optional, v_scale: Optional, v_zeros: Optional, kv_len: Optional,
     config: str, backend: str, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    cfg = FlashAttenConfig.from_key(config)
-    numbers = (k_scale, k_zeros, v_scale, v_zeros)
-    K = _check_call(cfg, Q, K, V, numbers, kv_len)
-    _check_output(Q, out)
-    if out.numel() == 0:
-        return
-    if V.shape[1] == 0:
-        out.zero_()
-        return
-    choice = choose(cfg, backend, Q, K, V, kv_len is not None)
-    _report(choice, backend, config, Q.shape[1] <= 16, str(Q.device))
-    if choice == "triton":
-        _by_own_kernels(cfg, Q, K, V, numbers, kv_len, out)
-    else:
-        out.copy_(_by_torch(cfg, choice, Q, K, V, numbers, kv_len))
+    _run(Q, K, V, (k_scale, k_zeros, v_scale, v_zeros), kv_len, config, backend, out)
 
 
 def _by_own_kernels(
@@ -135,20 +145,21 @@ def _by_own_kernels(
     V: torch.Tensor,
     numbers: tuple[Optional, ...],
     kv_len: Optional,
-    out: torch.Tensor,
-) -> None:
+    out: Optional,
+) -> torch.Tensor:
     from .kernels import attention as kernels
 
     if config.is_quantized and _rows(config, Q.shape[1]) > MOST_ROWS_IN_PLACE:
         K, V, numbers = _expanded(config, Q, K, V, numbers)
-    apart = out.stride(3) == 1 and not any(share_memory(out, x) for x in (Q, K, V))
-    into = out if apart else torch.empty_like(Q, memory_format=torch.contiguous_format)
+    into = out
+    if out is None or out.stride(3) != 1 or any(share_memory(out, x) for x in (Q, K, V)):
+        into = torch.empty_like(Q, memory_format=_CONTIGUOUS)
     Q, V = (x if x.stride(3) == 1 else x.contiguous() for x in (Q, V))
     K = K if 1 in (K.stride(3), K.stride(1)) else K.contiguous()
     operands = kernels.Operands(Q, K, V, *numbers)._replace(lengths=kv_len)
+    assert into is not None
     kernels.run(operands, into, config.is_causal)
-    if into is not out:
-        out.copy_(into)
+    return into if out is None or into is out else out.copy_(into)
 
 
 def _expanded(
@@ -207,7 +218,7 @@ def _by_torch(
         Q, K, V = Q.float(), _values(K, k_scale, k_zeros), _values(V, v_scale, v_zeros)
     if kv_len is None:
         return _scaled_dot_product(config, choice, Q, K, V).to(dtype)
-    out = torch.zeros_like(Q, memory_format=torch.contiguous_format)
+    out = torch.zeros_like(Q, memory_format=_CONTIGUOUS)
     for b, length in enumerate(kv_len.tolist()):
         length = min(max(length, 0), V.shape[1])
         seen = min(length, Q.shape[1]) if config.is_causal else Q.shape[1]
@@ -373,7 +384,7 @@ for _device in ("CPU", "CUDA"):
 def _(Q, K, V, k_scale, k_zeros, v_scale, v_zeros, kv_len, config, backend):  # type: ignore[no-untyped-def]
     cfg = FlashAttenConfig.from_key(config)
     _check_call(cfg, Q, K, V, (k_scale, k_zeros, v_scale, v_zeros), kv_len)
-    return torch.empty_like(Q, memory_format=torch.contiguous_format)
+    return torch.empty_like(Q, memory_format=_CONTIGUOUS)
 
 
 @torch.library.register_fake("bitblas::attention_out", lib=_library)

@@ -1,6 +1,5 @@
 """FlashAtten, on the GPU if there is one, else the CPU: results, border, choice, compilation."""
 
-import itertools
 import logging
 
 import pytest
@@ -33,7 +32,10 @@ def test_matches_float64(dtype, layout, causal, q_len, k_len, kv_heads):
     problem.check(output)
 
 
-@pytest.mark.parametrize("caches", list(itertools.product(CACHES, repeat=2)))
+MIXED = [("int8", "int4"), ("float16", "e4m3_float8"), ("int4", "float16")]
+
+
+@pytest.mark.parametrize("caches", [*zip(CACHES, CACHES), *MIXED])
 @pytest.mark.parametrize("q_len, layout", [(1, "nnn"), (5, "ntn"), (90, "nnn")])
 def test_quantised_keys_and_values_match_float64(caches, q_len, layout):
     dtype = "bfloat16" if q_len == 5 else "float16"

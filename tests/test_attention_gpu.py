@@ -1,7 +1,5 @@
 """Attention on a GPU: every kind of cache through every kernel, against float64."""
 
-import itertools
-
 import pytest
 import torch
 from attention_cases import CACHES, draw
@@ -22,34 +20,30 @@ def run(problem, backend="auto"):
 
 
 @pytest.mark.parametrize("caches", [*zip(CACHES, CACHES), ("int4", "int8"), ("float16", "int4")])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dim, dtype", [(64, "float16"), (128, "bfloat16"), (256, "float16")])
 def test_few_queries(caches, dim, dtype):
-    for q_len, k_len, heads in ((1, 1003, 8), (3, 517, 8), (1, 65, 2), (5, 4097, 6)):
-        shape = dict(q_len=q_len, k_len=k_len, heads=heads, dim=dim, dtype=dtype, caches=caches)
-        for causal in (False, True):
-            run(draw(**shape, causal=causal, device="cuda"))
-        run(draw(**shape, lengths=[k_len, 7], causal=True, device="cuda"))
+    shape = dict(heads=8, dim=dim, dtype=dtype, caches=caches, device="cuda")
+    run(draw(q_len=1, k_len=1003, **shape))
+    run(draw(q_len=1, k_len=1003, lengths=[1003, 77], causal=True, **shape))
+    run(draw(q_len=3, k_len=517, causal=True, **shape))
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("layout", ["nnn", "ntn"])
-@pytest.mark.parametrize("dim", [32, 72, 96, 128, 200, 256])
+@pytest.mark.parametrize("layout, dim", [("nnn", 72), ("nnn", 128), ("ntn", 128), ("ntn", 200)])
 def test_odd_lengths_and_dims(cache, layout, dim):
-    for q_len, k_len in ((1, 63), (33, 47), (70, 301), (257, 257)):
-        for causal in (False, True):
-            shape = dict(q_len=q_len, k_len=k_len, dim=dim, causal=causal, layout=layout)
-            run(draw(**shape, caches=(cache, cache), device="cuda"))
+    shape = dict(dim=dim, layout=layout, caches=(cache, cache), device="cuda")
+    run(draw(q_len=33, k_len=47, causal=True, **shape))
+    run(draw(q_len=257, k_len=257, **shape))
+    run(draw(q_len=70, k_len=301, lengths=[301, 69], causal=True, **shape))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cudnn", "flash", "torch"])
 @pytest.mark.parametrize("cache", ["float16", "int4"])
 @pytest.mark.parametrize("layout", ["nnn", "ntn"])
 def test_backends_that_are_asked_for(backend, cache, layout):
-    for causal, q_len in itertools.product((False, True), (130, 70)):
-        if not (backend == "cudnn" and causal and q_len != 130):
-            shape = dict(q_len=q_len, k_len=130, dim=64, layout=layout, causal=causal)
-            run(draw(**shape, caches=(cache, cache), device="cuda"), backend)
+    for causal, q_len in ((False, 70), (True, 130 if backend == "cudnn" else 70)):
+        shape = dict(q_len=q_len, k_len=130, dim=64, layout=layout, causal=causal)
+        run(draw(**shape, caches=(cache, cache), device="cuda"), backend)
 
 
 def test_cudnn_masks_equal_lengths_only():
@@ -59,7 +53,7 @@ def test_cudnn_masks_equal_lengths_only():
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("q_len", [1, 4, 40])
+@pytest.mark.parametrize("q_len", [1, 40])
 def test_equal_calls_give_equal_bits(cache, q_len):
     problem = draw(q_len=q_len, heads=8, k_len=3001, dim=128, caches=(cache, cache), device="cuda")
     first = run(problem)

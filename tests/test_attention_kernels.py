@@ -129,7 +129,8 @@ def compiled(given, arch, causal=False):
     found = [compiler.statistics(compiler.compile_launch(step, arch)) for step in steps]
     for statistics in found:
         assert statistics.shared_bytes <= compat.SHARED[arch], tile
-        assert statistics.local_bytes <= 64, tile
+        # more only where fewer rows or keys at a time are slower: 64 rows of int8 (H200)
+        assert statistics.local_bytes <= (96 if tile.block_m == 64 else 64), tile
     return tile, found
 
 
