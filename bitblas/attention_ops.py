@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_config import FlashAttenConfig
@@ -64,7 +63,7 @@ def choose(
         oblique = config.is_causal and q_len != k_len
         in_place = config.is_quantized and _rows(config, q_len) <= MOST_ROWS_IN_PLACE
         few = _rows(config, q_len) <= 16
-        if in_place or few or lengths_vary or oblique or config.dim % 8:
+        if in_place or few or lengths_vary or oblique or not _cudnn_serves(Q, V):
             return "triton"
         return "cudnn"
     if backend in ("triton", "cudnn", "flash"):
@@ -82,6 +81,22 @@ def choose(
     if backend in ("cudnn", "flash") and lengths_vary:
         raise ValueError(f"backend: {backend!r} takes no tensor as kv_len")
     return backend
+
+
+def _cudnn_serves(Q: torch.Tensor, V: torch.Tensor) -> bool:
+    """Whether torch hands attention over to cuDNN."""
+    version = torch.backends.cudnn.version() or 0
+    capability = torch.cuda.get_device_capability(Q.device)
+    most_dim = 256 if capability == (9, 0) and version >= 91000 else 128
+    return (
+        version >= 90000
+        and capability >= (8, 0)
+        and Q.shape[3] <= most_dim
+        and Q.shape[3] % 8 == 0
+        and V.shape[1] > 1
+        and not (Q.data_ptr() % 16 or V.data_ptr() % 16)
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def _rows(config: FlashAttenConfig, q_len: int) -> int:
@@ -213,6 +228,7 @@ def _by_torch(
     dtype = Q.dtype
     if choice in ("cudnn", "flash"):
         K, V, numbers = _expanded(config, Q, K, V, numbers)
+        Q, V = (x if x.stride(3) == 1 else x.contiguous() for x in (Q, V))
     elif config.is_quantized:
         k_scale, k_zeros, v_scale, v_zeros = numbers
         Q, K, V = Q.float(), _values(K, k_scale, k_zeros), _values(V, v_scale, v_zeros)
@@ -239,11 +255,13 @@ def _scaled_dot_product(
     oblique = config.is_causal and Q.shape[1] != K.shape[1]
     backend = _TORCH_BACKENDS.get(choice)
     mask: Any = None
-    if oblique:
+    if oblique and choice == "flash":
+        from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo with it
+
         mask = causal_lower_right(Q.shape[1], K.shape[1])
-        if choice != "flash":
-            mask = torch.ones((Q.shape[1], K.shape[1]), dtype=torch.bool, device=Q.device)
-            mask = mask.tril(K.shape[1] - Q.shape[1])
+    elif oblique:
+        mask = torch.ones((Q.shape[1], K.shape[1]), dtype=torch.bool, device=Q.device)
+        mask = mask.tril(K.shape[1] - Q.shape[1])
     with nullcontext() if backend is None else sdpa_kernel(backend):
         product: torch.Tensor = scaled_dot_product_attention(
             Q.transpose(1, 2),

@@ -279,7 +279,7 @@ def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
         tile = tile_for(given, arch if aligned else 0, _multiprocessors(index), longest)
         return launches(given, fakes[-1], causal, tile, arch, varying)
 
-    _start(("attend", causal, longest), [*operands, out], k_len, steps)
+    _start(("attend", causal, longest), [*operands, out], k_len, steps, range(1, 7))
 
 
 def sources(operands: Operands, causal: bool, arch: int, multiprocessors: int) -> list[Source]:
@@ -317,15 +317,19 @@ def _start(
     operands: list[torch.Tensor | None],
     length: int,
     steps: Callable[[list[Any], Varying, bool], list[Launch]],
+    growing: Sequence[int] = (),
 ) -> None:
-    """Start steps(operands, length, whether the operands are aligned), prepared where they are."""
+    """Start steps(operands, length, whether the operands are aligned), prepared where they are.
+
+    growing: operands whose second dimension is the length; a call is kept for all lengths.
+    """
     present = [x for x in operands if x is not None]
     addresses = [x.data_ptr() for x in present]
     device = present[0].device
     if any(address % 16 for address in addresses):
         execute(steps(operands, Varying(length), False), device)
         return
-    key = (*key, device, *map(_kind, operands))
+    key = (*key, device, *(_kind(x, i in growing) for i, x in enumerate(operands)))
     known = _prepared.get(key)
     if known is None:
         fakes = [_like(x) for x in operands]
@@ -367,8 +371,10 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int8) if x.element_size() == 1 else x
 
 
-def _kind(x: torch.Tensor | None) -> Any:
-    return None if x is None else (x.dtype, x.shape, x.stride())
+def _kind(x: torch.Tensor | None, grows: bool) -> Any:
+    if x is None:
+        return None
+    return x.dtype, (x.shape[0], *x.shape[2:]) if grows else x.shape, x.stride()
 
 
 def _like(x: torch.Tensor | None) -> torch.Tensor | None:
