@@ -200,18 +200,18 @@ def load_extras(SCALE, ZEROS, row, k, N, G, P: gl.constexpr):
     ).expand_dims(3)
     each = each.expand_dims(0).expand_dims(1).expand_dims(2)
     first = 0 if P.GROUP == 0 else k // P.GROUP
-    mask = (row + n < N) & (first + each < G)
-    scale = gl.zeros([4 * P.BANDS, 8, 2, P.COUNT], gl.int32, L)
-    zero = scale
-    if P.ZEROS_KIND == "quantized":
-        zero = packed_zeros(ZEROS, row + n, first + each, N, mask, P.BITS)
     if P.ALIGNED:  # lets the compiler see that COUNT elements can be read at once
         G = G // P.COUNT * P.COUNT
         first = first // P.COUNT * P.COUNT
+    mask = (row + n < N) & (first + each < G)
+    scale = gl.zeros([4 * P.BANDS, 8, 2, P.COUNT], gl.int32, L)
+    zero = scale
     start = row.to(gl.int64) * G + first
     if P.SCALED:
         scale = gl.load(SCALE + start + (n * G + each), mask=mask, other=0)
-    if P.ZEROS_KIND == "original" or P.ZEROS_KIND == "rescale":
+    if P.ZEROS_KIND == "quantized":
+        zero = packed_zeros(ZEROS, row + n, first + each, N, mask, P.BITS)
+    elif P.ZEROS_KIND != "none":
         zero = gl.load(ZEROS + start + (n * G + each), mask=mask, other=0)
     return scale, zero
 

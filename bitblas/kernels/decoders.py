@@ -309,13 +309,13 @@ def operand_decoder(
             extras[name] = first
             first += 4
     lines.append(f"mov.b32 l0, {_pattern(unit, A_dtype)}; mov.b32 l1, {_pattern(lowered[1], A_dtype)};")
-    lines += [f"mov.b32 m{r3}, {_pattern(-base[r3], A_dtype)};" for r3 in range(2)]
+    lines += [f"mov.b32 n{r3}, {_pattern(-base[r3], A_dtype)};" for r3 in range(2)]
     for out, word, slot in _slots(width):
         r3 = slot % 2
         place_in = {
             name: f"${index + 2 * r3 + int(word[1:]) - registers}" for name, index in extras.items()
         }
-        minus = place_in.get("minus", f"m{r3}" if base[r3] else None)
+        minus = place_in.get("minus", f"n{r3}" if base[r3] else None)
         if lowered[r3] != 1:
             lines.append(f"{fma} {out}, {out}, l1, {minus};")
         elif minus is not None:
@@ -328,7 +328,7 @@ def operand_decoder(
             lines.append(f"mul.{kind} {out}, {out}, {place_in['scale']};")
         elif added:
             lines.append(f"add.{kind} {out}, {out}, {place_in['addend']};")
-    asm = _block([".reg .b32 l0, l1, m0, m1;", *lines])
+    asm = _block([".reg .b32 l0, l1, n0, n1;", *lines])
     constraints = _constraints(registers, first - registers)
     return OperandDecoder(asm, constraints, registers, base, most, 1.0 if scaled else unit)
 
