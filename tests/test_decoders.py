@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bitblas.formats import FORMATS
-from bitblas.kernels.decoders import PairDecoder, pair_decoder
+from bitblas.kernels.decoders import PairDecoder, operand_decoder, pair_decoder
 from bitblas.layouts import FRAGMENT_16, planes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -90,21 +91,20 @@ def halves(register: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return words.unsqueeze(-1).view(dtype).double()
 
 
-def _bfloat16_pairs(values: torch.Tensor) -> np.ndarray:
-    """The same in registers; values that bfloat16 would round are no decoder's business."""
-    rounded = values.to(torch.bfloat16)
-    assert torch.equal(rounded.double().nan_to_num(), values.nan_to_num())
-    return rounded.contiguous().view(torch.int32).squeeze(-1).numpy().view(np.uint32)
+def _pairs(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """float64 [..., 2], rounded, in registers."""
+    rounded = values.to(dtype).contiguous()
+    return rounded.view(torch.int32).squeeze(-1).numpy().view(np.uint32)
 
 
-def _fma_bfloat16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    x, y, z = (halves(operand, torch.bfloat16) for operand in (a, b, c))
-    return _bfloat16_pairs(x * y + z)
+def _rounded(operation: Callable[..., torch.Tensor], dtype: torch.dtype) -> Any:
+    """An instruction on packed 16-bit values: exact in float64, rounded once."""
+    return lambda *operands: _pairs(operation(*(halves(x, dtype) for x in operands)), dtype)
 
 
 def _pack_bfloat16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     values = np.stack([low.view(np.float32), high.view(np.float32)], axis=-1)
-    return _bfloat16_pairs(torch.from_numpy(values).double())
+    return _pairs(torch.from_numpy(values).double(), torch.bfloat16)
 
 
 def _subtract_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -123,9 +123,12 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "sub.rn.f32": _subtract_floats,
-    "fma.rn.bf16x2": _fma_bfloat16,
     "cvt.rn.bf16x2.f32": _pack_bfloat16,
 }
+for kind, dtype in (("f16x2", torch.float16), ("rn.bf16x2", torch.bfloat16)):
+    OPERATIONS[f"add.{kind}"] = _rounded(torch.add, dtype)
+    OPERATIONS[f"mul.{kind}"] = _rounded(torch.mul, dtype)
+    OPERATIONS[f"fma.rn.{kind[-6:].lstrip('.')}"] = _rounded(lambda a, b, c: a * b + c, dtype)
 
 
 def test_the_machine_knows_ptx():
@@ -184,20 +187,31 @@ def decoded(name: str, dtype: str, seed: int) -> tuple[PairDecoder, torch.Tensor
     inputs = pairs_of_words(codes, fmt.bits)
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
     outputs = execute(decoder.asm, inputs)
+    return decoder, *by_place(outputs, codes, inputs, decoder.registers, dtype)
+
+
+def by_place(
+    outputs: dict[str, np.ndarray],
+    codes: torch.Tensor,
+    inputs: dict[str, np.ndarray],
+    registers: int,
+    dtype: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what a decoder wrote, codes that it should have read), both [r3, any]."""
     tiles, lanes, pairs = next(iter(inputs.values())).shape
-    span = 4 * decoder.registers  # values of k in a pair
+    span = 4 * registers  # values of k in a pair
     row = torch.arange(lanes)[:, None] // 32 * 16 + torch.arange(lanes)[:, None] // 4 % 8
     k = torch.arange(pairs) * span + torch.arange(lanes)[:, None] % 4 * 2
     by_tile = codes.view(tiles, FRAGMENT_16.ROWS, -1)
     raw: tuple[list[torch.Tensor], ...] = ([], [])
     wanted: tuple[list[torch.Tensor], ...] = ([], [])
-    for register in range(decoder.registers):
+    for register in range(registers):
         step, x, r3 = register // 4, register // 2 % 2, register % 2
         both = halves(outputs[f"${register}"], DTYPES[dtype])
         for h in range(2):
             raw[r3].append(both[..., h].flatten())
             wanted[r3].append(by_tile[:, row + 8 * r3, k + step * 16 + x * 8 + h].flatten())
-    return decoder, torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
+    return torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
 
 
 def by_row_half(pair: tuple[float, float]) -> torch.Tensor:
@@ -206,6 +220,43 @@ def by_row_half(pair: tuple[float, float]) -> torch.Tensor:
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
+
+
+EXTRAS = {"minus": (3, 1), "scale": (0.3, 1.7), "addend": (-0.15, 0.6)}  # in the two row halves
+
+
+@pytest.mark.parametrize(
+    ("based", "scaled", "added"),
+    [(False, False, False), (False, True, False), (True, True, False), (True, True, True),
+     (True, False, True), (False, True, True)],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "dtype"), DECODERS)
+def test_operands_are_scaled_weights(name, dtype, based, scaled, added, seed):
+    """Rounded once, from a code less an integer zero point, which is exact."""
+    fmt = FORMATS[name]
+    if (based or added) and not fmt.is_integer:
+        pytest.skip("only integers have zero points")
+    decoder = operand_decoder(fmt, dtype, based, scaled, added)
+    codes = every_code_everywhere(fmt.bits, seed)
+    inputs = pairs_of_words(codes, fmt.bits)
+    words, first = dict(inputs), decoder.registers + len(inputs)
+    given = {key: by_row_half(EXTRAS[key]).to(DTYPES[dtype]).double() for key in EXTRAS}
+    for key, there in (("minus", based), ("scale", scaled), ("addend", added)):
+        if there:
+            given_here = -(given[key] + by_row_half(decoder.base)) if key == "minus" else given[key]
+            for r3 in range(2):
+                both = _pairs(given_here[r3].expand(*words[f"${decoder.registers}"].shape, 2),
+                              DTYPES[dtype])  # fmt: skip
+                inputs |= {f"${first}": both, f"${first + 1}": both}
+                first += 2
+    assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
+    found, codes = by_place(
+        execute(decoder.asm, inputs), codes, words, decoder.registers, dtype
+    )  # fmt: skip
+    values = fmt.to_values(codes, DTYPES[dtype]).double() - based * given["minus"]
+    values = values / decoder.unit * (given["scale"] if scaled else 1)
+    values = values + added * given["addend"]
+    assert same(found, values.to(DTYPES[dtype]).double())
 
 
 def test_every_packed_format_has_a_decoder():

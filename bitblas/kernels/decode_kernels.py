@@ -25,21 +25,18 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 
 from __future__ import annotations
 
+from .device import (
+    decode_scale,
+    keep_loads_here,
+    let_next_kernel_start,
+    packed_zeros,
+    powers,
+    take,
+    wait_for_previous_kernel,
+)
 from .versions import async_copy, copy_async, gl, gluon, mma_v2, reinterpret, thread_barrier
 
 # --- layouts ---------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def powers(count, dims, dim):
-    """Bases 1, 2, .. count/2 along one of `dims` dimensions."""
-    bases, step = [], 1
-    while step < count:
-        basis = [0] * dims
-        basis[dim] = step
-        bases.append(basis)
-        step *= 2
-    return bases
 
 
 @gluon.constexpr_function
@@ -109,46 +106,6 @@ def staging_layout(WARPS, ROWS, UNIT_K, VECTOR):
 
 
 @gluon.jit
-def wait_for_previous_kernel():
-    """Until the kernels before this one in the stream are complete (programmatic launch).
-
-    The volatile assembly is also where the compiler stops moving loads down.
-    """
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def let_next_kernel_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def keep_loads_here():
-    """No load moves across: else the compiler gathers all loads of an iteration at its end."""
-    gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def take(x, INDEX: gl.constexpr):
-    """x[..., INDEX] of a register dimension: splits cost no instruction."""
-    COUNT: gl.constexpr = x.shape[len(x.shape) - 1]
-    if COUNT == 1:
-        return x.reshape(x.shape[: len(x.shape) - 1])
-    else:
-        even, odd = gl.split(x.reshape(x.shape[: len(x.shape) - 1] + [COUNT // 2, 2]))
-        if INDEX % 2 == 0:
-            return take(even, INDEX // 2)
-        else:
-            return take(odd, INDEX // 2)
-
-
-@gluon.jit
 def per_row(VALUES: gl.constexpr, WARPS: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """[WARPS, ROWS]: VALUES[0] in the first eight rows of sixteen, VALUES[1] in the others."""
     row = gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT)).expand_dims(0)
@@ -180,19 +137,6 @@ def ones_operand(
             "add.u32 $0, $1, $2; // $3", "=r,r,r,r", [both, zero], dtype=gl.bfloat16, is_pure=True,
             pack=2,
         )  # fmt: skip
-
-
-@gluon.jit
-def decode_scale(raw, SCALE_KIND: gl.constexpr):
-    """Scales in any encoding -> float32."""
-    if SCALE_KIND == "e8m0":
-        byte = raw.to(gl.int32)
-        bits = gl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal in float32
-        return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
-    elif SCALE_KIND == "e4m3":
-        return raw.to(gl.float8e4nv, bitcast=True).to(gl.float32)
-    else:
-        return raw.to(gl.float32)
 
 
 # --- loads -----------------------------------------------------------------------------------
@@ -356,15 +300,7 @@ def load_packed_zeros(
         group = (first_k + warp * WARP_K) // GROUP + each
     n = tile * (16 * BANDS) + row
     mask = valid & (n < N) & (group < G)
-    row_bytes = (N * BITS + 7) // 8
-    bit = n * BITS
-    byte = bit // 8
-    pointer = POINTER + (group.to(gl.int64) * row_bytes + byte)
-    value = gl.load(pointer, mask=mask, other=0).to(gl.int32) & 0xFF
-    if 8 % BITS != 0:  # codes may cross into the next byte
-        high = gl.load(pointer + 1, mask=mask & (byte + 1 < row_bytes), other=0)
-        value = value | ((high.to(gl.int32) & 0xFF) << 8)
-    return (value >> (bit % 8)) & ((1 << BITS) - 1)
+    return packed_zeros(POINTER, n, group, N, mask, BITS)
 
 
 @gluon.jit

@@ -43,11 +43,7 @@ class PairDecoder:
     @property
     def instructions_per_weight(self) -> float:
         """Of a lane, register moves left out."""
-        lines = self.asm.strip("{} ").split(";")
-        count = sum(
-            1 for line in lines if line.strip() and line.split()[0][:4] not in ("mov.", ".reg")
-        )
-        return count / (2 * self.registers)
+        return _instructions(self.asm) / (2 * self.registers)
 
 
 @lru_cache(maxsize=256)
@@ -84,10 +80,23 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
 
 def _assemble(lines: list[str], widths: tuple[int, ...], **corrections: Any) -> PairDecoder:
     registers, words = 2 * 16 // widths[0], 2 * len(widths)
-    asm = "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
+    return PairDecoder(_block(lines), _constraints(registers, words), registers, **corrections)
+
+
+def _block(lines: list[str]) -> str:
+    """The instructions with the temporaries that they use."""
+    return "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
+
+
+def _constraints(outputs: int, inputs: int) -> str:
     # outputs are written before the last input is read
-    constraints = ",".join(["=&r"] * registers + ["r"] * words)
-    return PairDecoder(asm, constraints, registers, **corrections)
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+def _instructions(asm: str) -> int:
+    """Register moves left out."""
+    lines = asm.strip("{} ").split(";")
+    return sum(1 for x in lines if x.strip() and x.split()[0][:4] not in ("mov.", ".reg"))
 
 
 def _twice(half_word: int) -> str:
@@ -114,14 +123,25 @@ def _slots(width: int) -> list[tuple[str, str, int]]:
 
 def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], int, int]:
     """(instructions, bits that codes of the second row half are raised by, value of code 0)."""
-    width = planes(bits)[0][0]
     magic, base = (0, 0) if half else (0x4300, 128)
-    # both row halves decode from one shifted word where their codes fit the mantissa
-    row_shift = width if 2 * bits <= (10 if half else 7) else 0
+    row_shift = _row_shift(bits, 0, half)
+    return _codes(decoder, bits, magic, 0, row_shift), row_shift, base
+
+
+def _row_shift(bits: int, place: int, half: bool) -> int:
+    """Bits that codes of the second row half are raised by: both halves decode from one shifted
+    word where their codes, from bit `place` on, fit the mantissa."""
+    width = planes(bits)[0][0]
+    return width if place + 2 * bits <= (10 if half else 7) else 0
+
+
+def _codes(decoder: Affine, bits: int, magic: int, place: int, row_shift: int) -> list[str]:
+    """Codes at bit `place` (second row half: + row_shift) of each half register, `| magic`."""
+    width = planes(bits)[0][0]
     lines, mask = [], (1 << width) - 1
     for index, (out, word, slot) in enumerate(_slots(width)):
         r3 = slot % 2
-        raised = row_shift * r3
+        raised = place + row_shift * r3
         if row_shift == 0 or r3 == 0:
             lines.append(_shifted("t", word, raised - width * slot))
         low = _twice(mask << raised)
@@ -137,7 +157,7 @@ def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], int, int
             lines.append(f"lop3.b32 {out}, t, {low}, c0, 0x6a;")  # (t & low) ^ c0
         else:
             lines.append(f"and.b32 {out}, t, {low};")
-    return lines, row_shift, base
+    return lines
 
 
 def _bytes_to_bfloat16(decoder: Affine) -> list[str]:
@@ -223,3 +243,97 @@ def _table(decoder: Table, A_dtype: str) -> list[str]:
             lines.append(f"prmt.b32 {outs[2 * pair]}, t, u, 0x5410;")
             lines.append(f"prmt.b32 {outs[2 * pair + 1]}, t, u, 0x7632;")
     return lines
+
+
+# --- operands that are the weight itself --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OperandDecoder:
+    """asm: reads two words per plane, then two registers (one for each word, each holding a value
+    twice) of every extra for each half of 16 rows, in this order:
+
+        minus:  minus(base + integer zero point), if `based`
+        scale:  if `scaled`
+        addend: if `added`
+
+    and writes `registers` registers of (code's value - integer zero point) * scale + addend, times
+    1 / unit. most: the largest integer zero point, up or down, that stays exact.
+    """
+
+    asm: str
+    constraints: str
+    registers: int
+    base: tuple[float, float] = (0.0, 0.0)
+    most: float = 0.0
+    unit: float = 1.0
+
+    @property
+    def instructions_per_weight(self) -> float:
+        """Of a lane, register moves left out."""
+        return _instructions(self.asm) / (2 * self.registers)
+
+
+@lru_cache(maxsize=256)
+def operand_decoder(
+    fmt: WeightFormat, A_dtype: str, based: bool, scaled: bool, added: bool
+) -> OperandDecoder | None:
+    """The decoder of a format to a float16 or bfloat16 operand that needs no correction but `unit`;
+    None where there is none. The extras are explained in OperandDecoder."""
+    if pair_decoder(fmt, A_dtype) is None:
+        return None
+    half, decoder = A_dtype == "float16", fmt.decoder
+    width = planes(fmt.bits)[0][0]
+    registers, words = 32 // width, 2 * len(planes(fmt.bits))
+    base, lowered, most, unit = (0.0, 0.0), (1.0, 1.0), 0.0, 1.0
+    if isinstance(decoder, Affine) and (half or fmt.bits != 8):
+        place = decoder.step.bit_length() - 1  # a step of 2: codes count from bit 1 on
+        row_shift = _row_shift(fmt.bits, place, half)
+        lines = _codes(decoder, fmt.bits, 0x6400 if half else 0x4300, place, row_shift)
+        lowered, one = (1.0, 2.0**-row_shift), 1024 if half else 128
+        base = (one * lowered[0] - decoder.offset, one * lowered[1] - decoder.offset)
+        most = one / 2
+    elif isinstance(decoder, Affine):
+        lines, most = _bytes_to_bfloat16(decoder), 255.0
+    elif isinstance(decoder, MiniFloat):
+        lines = _minifloat(decoder, fmt.bits, half)
+        unit = 2.0 ** (15 - decoder.bias) if half else 1.0
+    else:
+        lines = _table(decoder, A_dtype)
+
+    kind = "f16x2" if half else "rn.bf16x2"
+    fma = "fma.rn.f16x2" if half else "fma.rn.bf16x2"
+    first, extras = registers + words, {}
+    for name, given in (("minus", based), ("scale", scaled), ("addend", added)):
+        if given:
+            extras[name] = first
+            first += 4
+    lines.append(f"mov.b32 l0, {_pattern(unit, A_dtype)}; mov.b32 l1, {_pattern(lowered[1], A_dtype)};")
+    lines += [f"mov.b32 n{r3}, {_pattern(-base[r3], A_dtype)};" for r3 in range(2)]
+    for out, word, slot in _slots(width):
+        r3 = slot % 2
+        place_in = {
+            name: f"${index + 2 * r3 + int(word[1:]) - registers}" for name, index in extras.items()
+        }
+        minus = place_in.get("minus", f"n{r3}" if base[r3] else None)
+        if lowered[r3] != 1:
+            lines.append(f"{fma} {out}, {out}, l1, {minus};")
+        elif minus is not None:
+            lines.append(f"add.{kind} {out}, {out}, {minus};")
+        if scaled and unit != 1:
+            lines.append(f"mul.{kind} {out}, {out}, l0;")
+        if scaled and added:
+            lines.append(f"{fma} {out}, {out}, {place_in['scale']}, {place_in['addend']};")
+        elif scaled:
+            lines.append(f"mul.{kind} {out}, {out}, {place_in['scale']};")
+        elif added:
+            lines.append(f"add.{kind} {out}, {out}, {place_in['addend']};")
+    asm = _block([".reg .b32 l0, l1, n0, n1;", *lines])
+    constraints = _constraints(registers, first - registers)
+    return OperandDecoder(asm, constraints, registers, base, most, 1.0 if scaled else unit)
+
+
+def _pattern(value: float, A_dtype: str) -> str:
+    """A value of the operand dtype in both halves of a register."""
+    dtype = torch.float16 if A_dtype == "float16" else torch.bfloat16
+    return _twice(int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF)

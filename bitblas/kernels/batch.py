@@ -1,0 +1,414 @@
+"""Launcher of the batch family: m > 16, 16-bit activations, Hopper; see batch_kernels.
+
+`serves` says whether the family computes a product, `candidates` lists the tiles worth measuring,
+the one that `microseconds` predicts to be the fastest first, `launches` says what to start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton.language import constexpr
+
+from ..config import MatmulConfig, MatmulConfigWithSplitK
+from ..formats import Table
+from ..layouts import FRAGMENT_16, Fragment, planes
+from .decode import GPU, MAX_ROWS, PROGRAMMATIC_LAUNCH, SHARED_BYTES
+from .decoders import OperandDecoder, operand_decoder
+from .launch import Launch, Settled, Workspace
+from .versions import gluon_available
+
+KERNELS = ("batch",)
+SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
+_SUM_THREADS = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up; batch_kernels explains the terms.
+
+    blocks: thread blocks; share: whether they share the tiles that are left when each has done the
+    same number of whole ones.
+    """
+
+    block_m: int
+    bands: int
+    consumers: int
+    stage_k: int
+    stages: int
+    unroll: int
+    blocks: int
+    share: bool = True
+    kernel: str = "batch"
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.bands * self.consumers
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll
+
+
+def serves(config: MatmulConfig, m: int, arch: int) -> bool:
+    """Whether this family computes the product of m rows on compute capability arch (90: 9.0)."""
+    return arch // 10 == 9 and m > MAX_ROWS and _serves(config)
+
+
+@lru_cache(maxsize=4096)
+def _serves(config: MatmulConfig) -> bool:
+    if config.A_dtype not in ("float16", "bfloat16") or config.K % 8:
+        return False  # rows of A start on 16 bytes, for TMA
+    if not gluon_available() or operand_decoder(config.format, config.A_dtype, *[False] * 3) is None:
+        return False
+    if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
+        return False
+    # operands rounded to A's dtype are not exact enough for a finer result
+    finer = config.out_dtype == "float32" or config.out_dtype != config.A_dtype == "bfloat16"
+    if finer and (config.A_dtype == "bfloat16" or isinstance(config.format.decoder, Table)):
+        return False
+    group = _group(config)
+    return group == 0 or (group >= _smallest_group(config) and group & (group - 1) == 0)
+
+
+def _smallest_group(config: MatmulConfig) -> int:
+    """The values of k in a word."""
+    return max(16, 64 // planes(config.bits)[0][0])
+
+
+def layout(config: MatmulConfig) -> Fragment:
+    """The packed layout that the kernels read."""
+    return FRAGMENT_16
+
+
+def _group(config: MatmulConfig) -> int:
+    """Values of k that share a scale or zero point; 0 where all of a row do."""
+    if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
+        return 0
+    return config.group_length
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What of scales and zero points goes into the operand."""
+
+    based: bool
+    scaled: bool
+    added: bool
+
+
+def _extras(config: MatmulConfig) -> _Extras:
+    kind = config.zeros_mode if config.with_zeros else None
+    # a scale for whole rows is left to the end, unless zero points were scaled before
+    scaled = config.with_scaling and (_group(config) != 0 or kind == "rescale")
+    return _Extras(kind in ("original", "quantized"), scaled, kind in ("original", "rescale"))
+
+
+def _decoder(config: MatmulConfig) -> OperandDecoder:
+    extras = _extras(config)
+    decoder = operand_decoder(
+        config.format, config.A_dtype, extras.based, extras.scaled, extras.added
+    )
+    assert decoder is not None  # _serves has seen to it
+    return decoder
+
+
+def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
+    """(tiles of W's rows, tiles of A's rows)."""
+    return -(-config.N // tile.rows), -(-m // tile.block_m)
+
+
+def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """Tiles whose bodies are dealt out to all blocks."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    return tiles_n * tiles_m % _blocks(config, m, tile) if tile.share else 0
+
+
+def _bodies(config: MatmulConfig, tile: Tile) -> int:
+    return -(-config.K // tile.body_k)
+
+
+def _blocks(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """Those that have something to do."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    each = _bodies(config, tile) if tile.share else 1
+    return min(tile.blocks, tiles_n * tiles_m * each)
+
+
+def parts(shared: int, bodies: int, blocks: int) -> int:
+    """The most parts that a shared tile is in."""
+    units, most = shared * bodies, 1
+    for tile in range(shared):
+        first = ((tile * bodies + 1) * blocks - 1) // units
+        last = ((tile + 1) * bodies * blocks - 1) // units
+        most = max(most, last - first + 1)
+    return most
+
+
+def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
+    """Shared memory of a block: the ring, and the results on their way out."""
+    stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
+    out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
+    return tile.stages * (stage + 16) + out
+
+
+def stands_for(measured: int, m: int) -> bool:
+    """Whether a tile measured with so many rows is taken for m."""
+    return _bucket(measured) == _bucket(m)
+
+
+def _bucket(m: int) -> int:
+    """m's that share their tiles: up to 256, powers of two; above, within a quarter."""
+    if m <= 256:
+        return max(32, 1 << (m - 1).bit_length())
+    step = 1 << ((m - 1).bit_length() - 3)
+    return -(-m // step) * step
+
+
+def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
+    """Tiles worth measuring for m rows, the one that should be the fastest first."""
+    return list(_candidates(config, _bucket(m), gpu or GPU()))
+
+
+# block_m, bands, consumers, stages of 64 k that are unrolled
+_SHAPES = {
+    32: ((32, 1, 4, 4), (32, 2, 2, 4), (32, 1, 2, 4)),
+    64: ((64, 1, 4, 4), (64, 2, 2, 4), (64, 1, 2, 4)),
+    128: ((128, 2, 2, 2), (128, 1, 2, 2)),
+    256: ((256, 1, 2, 2), (128, 2, 2, 2)),
+}
+
+
+@lru_cache(maxsize=4096)
+def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
+    tiles = []
+    for block_m, bands, consumers, steps in _SHAPES[min(m, 256)]:
+        tile = _fitting(config, gpu, block_m, bands, consumers, steps)
+        if tile is not None:
+            tiles += [tile, Tile(**{**tile.__dict__, "share": False})]
+    return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
+
+
+def _fitting(
+    config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, steps: int
+) -> Tile | None:
+    """The tile with as many stages as shared memory allows; None where those are too few."""
+    stage_k = FRAGMENT_16.block_k(config.bits)
+    unroll = max(1, steps * 64 // stage_k)
+    for stages in range(16, 1, -1):
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, gpu.multiprocessors)
+        if shared_bytes(config, tile) <= SHARED_BYTES:
+            return tile
+    return None
+
+
+def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
+    """What a product should take, from counts of instructions and bytes."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
+    shared = shared_tiles(config, m, tile)
+    whole = tiles_n * tiles_m - shared
+    steps = -(-whole // blocks) * bodies + -(-shared * bodies // blocks)
+    weights = tile.rows * tile.body_k
+    cycles = weights * max(
+        tile.block_m / 2048 / 0.8,
+        _decoder(config).instructions_per_weight / 128 / 0.5,
+    )
+    traffic = tile.body_k * 2 * tile.block_m + weights * config.bits / 8
+    cycles = max(cycles, traffic / 45)
+    serial = 4.0 + (2.0 if shared else 0.0)
+    summed = 2 * shared * parts(shared, bodies, blocks) * tile.rows * tile.block_m * 4 / 5e6
+    return steps * cycles / gpu.cycles_per_us + serial + summed
+
+
+def launches(
+    config: MatmulConfig,
+    A: torch.Tensor,
+    W: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> list[Launch]:
+    """What computes out (m, N) = A (m, K) times the packed weight, transposed.
+
+    Operands as for bitblas.kernels.portable.matmul.
+    """
+    from . import batch_kernels
+
+    m = A.shape[0]
+    tile = tile or candidates(config, m)[0]
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
+    shared = shared_tiles(config, m, tile)
+    whole = tiles_n * tiles_m - shared
+    most = parts(shared, bodies, blocks) if shared else 1
+    partial = Workspace((2 * blocks, tile.rows, tile.block_m), torch.float32) if most > 1 else None
+    arguments = {
+        "A": _map(A, [tile.block_m, 64]),
+        "W": _words(config, W, tile),
+        "OUT": out,
+        "OUT_MAP": _results(out, tile),
+        "SCALE": scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale,
+        "ZEROS": zeros,
+        "BIAS": bias,
+        "GLOBAL_SCALE": global_scale,
+        "PARTS": partial,
+        "M": m,
+        "N": config.N,
+        "K": config.K,
+        "G": config.num_groups,
+        "WHOLE": whole,
+        "EARLY": Settled(),
+    }
+    constants: dict[str, Any] = {"P": _constants(config, tile, partial is not None)}
+    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
+    # registers of a thread before warps are told apart: a block's threads share all of them
+    options = {**pdl, "maxnreg": {2: 168, 4: 96}[tile.consumers]}
+    steps = [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
+    if partial is not None:
+        piece = max(16, 2048 // tile.block_m)
+        arguments = {
+            "PARTS": partial,
+            "OUT": out,
+            "BIAS": bias,
+            "GLOBAL_SCALE": global_scale,
+            "M": m,
+            "N": config.N,
+            "WHOLE": whole,
+            "TILES_N": tiles_n,
+            "TILES_M": tiles_m,
+            "BODIES": bodies,
+            "BLOCKS": blocks,
+        }
+        constants = {
+            "BLOCK_M": tile.block_m,
+            "ROWS": tile.rows,
+            "PIECE": piece,
+            "MOST": most,
+            "SWEEP": SWEEP,
+        }
+        grid = (shared, tile.rows // piece)
+        steps.append(Launch(batch_kernels.sum_parts_kernel, grid, arguments, constants, 4, 1, pdl))
+    return steps
+
+
+def _map(x: torch.Tensor, block: list[int]) -> Any:
+    """A TMA map of a row-major matrix, swizzled as wgmma reads it."""
+    from .versions import TensorDescriptor, gl
+
+    kind = {2: gl.float16, 4: gl.float32}[x.itemsize]  # the layout depends on the size alone
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    return TensorDescriptor.from_tensor(x, block, layout)
+
+
+def _results(out: torch.Tensor, tile: Tile) -> Any:
+    """The map of the results, None where TMA cannot write them: rows have to start on 16 bytes."""
+    if out.shape[1] * out.itemsize % 16 or out.data_ptr() % 16:
+        return None
+    return _map(out, [tile.block_m, 64 * tile.bands])
+
+
+def _words(config: MatmulConfig, W: torch.Tensor, tile: Tile) -> Any:
+    from .versions import TensorDescriptor, gl
+
+    words = W.view(torch.int32).view(W.shape[0], -1, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor.from_tensor(words, [tile.bands * tile.consumers, 4, 128], layout)
+
+
+def _known(rule: Callable[[Any], Any]) -> Any:
+    return property(lambda self: constexpr(rule(self)))
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the compiler knows of a product; batch_kernels explains the terms. Kernels take all of
+    them in one argument; an attribute is a constant to the compiler as it is a constexpr here."""
+
+    BITS: int
+    WIDTH: int
+    EXTRA: int
+    TILE_K: int
+    ASM: str
+    CONSTRAINTS: str
+    BASE: tuple[float, float]
+    MOST: float
+    UNIT: float
+    SCALE_KIND: str
+    ZEROS_KIND: str
+    MINUS: bool
+    SCALED: bool
+    ADDED: bool
+    GROUP: int
+    ALIGNED: bool
+    BLOCK_M: int
+    BANDS: int
+    CONSUMERS: int
+    STAGES: int
+    STAGE_K: int
+    UNROLL: int
+    SWEEP: int
+    SHARED: bool
+    REGISTERS: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, constexpr(getattr(self, field.name)))
+
+    BODY_K = _known(lambda c: c.STAGE_K * c.UNROLL)
+    STEPS = _known(lambda c: c.STAGE_K // 64)
+    # a pair of words of 1-bit codes covers 128 values of k
+    UNIT_K = _known(lambda c: 128 if c.WIDTH == 1 else 64)
+    TILE_UNITS = _known(lambda c: c.TILE_K // c.UNIT_K)
+    STAGE_UNITS = _known(lambda c: c.STAGE_K // c.UNIT_K)
+    BODY_UNITS = _known(lambda c: c.BODY_K // c.UNIT_K)
+    MAIN_CHUNKS = _known(lambda c: c.TILE_K * c.WIDTH // 256)
+    TILE_CHUNKS = _known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
+    STAGE_CHUNKS = _known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
+    WORDS = _known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
+    # groups of a body, of a unit
+    COUNT = _known(lambda c: max(1, c.BODY_K // c.GROUP) if c.GROUP else 1)
+    GROUPS = _known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
+
+
+@lru_cache(maxsize=4096)
+def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
+    decoder, extras, group = _decoder(config), _extras(config), _group(config)
+    widths = [width for width, _ in planes(config.bits)]
+    count = max(1, tile.body_k // group) if group else 1
+    return Constants(
+        BITS=config.bits,
+        WIDTH=widths[0],
+        EXTRA=widths[1] if len(widths) > 1 else 0,
+        TILE_K=FRAGMENT_16.block_k(config.bits),
+        ASM=decoder.asm,
+        CONSTRAINTS=decoder.constraints,
+        BASE=decoder.base,
+        MOST=decoder.most,
+        UNIT=decoder.unit,
+        SCALE_KIND=config.format.scale_encoding or "float",
+        ZEROS_KIND=(config.zeros_mode or "original") if config.with_zeros else "none",
+        MINUS=extras.based,
+        SCALED=extras.scaled,
+        ADDED=extras.added,
+        GROUP=group,
+        ALIGNED=config.num_groups % count == 0,
+        BLOCK_M=tile.block_m,
+        BANDS=tile.bands,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        STAGE_K=tile.stage_k,
+        UNROLL=tile.unroll,
+        SWEEP=SWEEP,
+        SHARED=in_parts,
+        REGISTERS={2: 240, 4: 112}[tile.consumers],
+    )
