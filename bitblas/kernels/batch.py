@@ -64,7 +64,10 @@ def serves(config: MatmulConfig, m: int, arch: int) -> bool:
 def _serves(config: MatmulConfig) -> bool:
     if config.A_dtype not in ("float16", "bfloat16") or config.K % 8:
         return False  # rows of A start on 16 bytes, for TMA
-    if not gluon_available() or operand_decoder(config.format, config.A_dtype, *[False] * 3) is None:
+    if (
+        not gluon_available()
+        or operand_decoder(config.format, config.A_dtype, *[False] * 3) is None
+    ):
         return False
     if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
         return False
@@ -275,30 +278,49 @@ def launches(
     options = {**pdl, "maxnreg": {2: 168, 4: 96}[tile.consumers]}
     steps = [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
     if partial is not None:
-        piece = max(16, 2048 // tile.block_m)
-        arguments = {
-            "PARTS": partial,
-            "OUT": out,
-            "BIAS": bias,
-            "GLOBAL_SCALE": global_scale,
-            "M": m,
-            "N": config.N,
-            "WHOLE": whole,
-            "TILES_N": tiles_n,
-            "TILES_M": tiles_m,
-            "BODIES": bodies,
-            "BLOCKS": blocks,
-        }
-        constants = {
-            "BLOCK_M": tile.block_m,
-            "ROWS": tile.rows,
-            "PIECE": piece,
-            "MOST": most,
-            "SWEEP": SWEEP,
-        }
-        grid = (shared, tile.rows // piece)
-        steps.append(Launch(batch_kernels.sum_parts_kernel, grid, arguments, constants, 4, 1, pdl))
+        steps.append(sum_step(config, m, tile, partial, out, bias, global_scale))
     return steps
+
+
+def sum_step(
+    config: MatmulConfig,
+    m: int,
+    tile: Tile,
+    partial: Workspace,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+) -> Launch:
+    """What adds the parts of shared tiles up."""
+    from . import batch_kernels
+
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
+    shared = shared_tiles(config, m, tile)
+    piece = max(16, 2048 // tile.block_m)
+    arguments = {
+        "PARTS": partial,
+        "OUT": out,
+        "BIAS": bias,
+        "GLOBAL_SCALE": global_scale,
+        "M": m,
+        "N": config.N,
+        "WHOLE": tiles_n * tiles_m - shared,
+        "TILES_N": tiles_n,
+        "TILES_M": tiles_m,
+        "BODIES": bodies,
+        "BLOCKS": blocks,
+    }
+    constants = {
+        "BLOCK_M": tile.block_m,
+        "ROWS": tile.rows,
+        "PIECE": piece,
+        "MOST": parts(shared, bodies, blocks),
+        "SWEEP": SWEEP,
+    }
+    grid = (shared, tile.rows // piece)
+    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
+    return Launch(batch_kernels.sum_parts_kernel, grid, arguments, constants, 4, 1, pdl)
 
 
 def _map(x: torch.Tensor, block: list[int]) -> Any:

@@ -141,7 +141,7 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
 def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
     STEPS: gl.constexpr = P.STEPS
     for step in gl.static_range(STEPS):
-        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * 64]
+        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * A.block_type.shape[1]]
         tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
 
 
