@@ -81,7 +81,7 @@ def byte_decoder(config: MatmulConfig) -> tuple[str, float] | None:
     for r in range(count):
         word, left = f"${count + r // per}", up - r % per * bits
         if left:
-            lines.append(f"{'shl' if left > 0 else 'shr'}.b32 t, {word}, {abs(left)};")
+            lines.append(f"{'shl.b32' if left > 0 else 'shr.u32'} t, {word}, {abs(left)};")
             word = "t"
         lines.append(f"lop3.b32 ${r}, {word}, {mask:#x}, {flip * 0x01010101:#x}, 0x6a;")
     return " ".join(lines) + " }", unit
