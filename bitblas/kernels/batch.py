@@ -7,7 +7,7 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -156,6 +156,10 @@ def parts(shared: int, bodies: int, blocks: int) -> int:
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     """Shared memory of a block: the ring, and the results on their way out."""
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
+    group, extras = _group(config), _extras(config)
+    if group:
+        kinds = extras.based + extras.scaled + extras.added
+        stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
     return tile.stages * (stage + 16) + out
 
@@ -178,31 +182,41 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
     return list(_candidates(config, _bucket(m), gpu or GPU()))
 
 
-# block_m, bands, consumers, stages of 64 k that are unrolled
+# block_m, bands, consumers, values of k in a stage, stages that are unrolled
 _SHAPES = {
-    32: ((32, 1, 4, 4), (32, 2, 2, 4), (32, 1, 2, 4)),
-    64: ((64, 1, 4, 4), (64, 2, 2, 4), (64, 1, 2, 4)),
-    128: ((128, 2, 2, 2), (128, 1, 2, 2)),
-    256: ((256, 1, 2, 2), (128, 2, 2, 2)),
+    32: ((32, 1, 4, 128, 2), (32, 2, 2, 128, 2), (32, 1, 2, 128, 2)),
+    64: ((64, 1, 4, 128, 2), (64, 2, 2, 128, 1), (64, 1, 2, 128, 2)),
+    128: ((128, 2, 2, 128, 1), (128, 1, 2, 128, 2)),
+    256: ((256, 1, 2, 64, 2), (128, 2, 2, 128, 1), (128, 1, 2, 128, 1)),
 }
 
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for block_m, bands, consumers, steps in _SHAPES[min(m, 256)]:
-        tile = _fitting(config, gpu, block_m, bands, consumers, steps)
+    for shape in _SHAPES[min(m, 256)]:
+        tile = _fitting(config, gpu, *shape)
         if tile is not None:
-            tiles += [tile, Tile(**{**tile.__dict__, "share": False})]
+            tiles += [tile, replace(tile, share=False)]
     return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
 
 
 def _fitting(
-    config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, steps: int
+    config: MatmulConfig,
+    gpu: GPU,
+    block_m: int,
+    bands: int,
+    consumers: int,
+    stage_k: int,
+    unroll: int,
 ) -> Tile | None:
     """The tile with as many stages as shared memory allows; None where those are too few."""
-    stage_k = FRAGMENT_16.block_k(config.bits)
-    unroll = max(1, steps * 64 // stage_k)
+    tile_k, group = FRAGMENT_16.block_k(config.bits), _group(config)
+    body_k = stage_k * unroll
+    while stage_k > 64 and group and stage_k > 4 * group:
+        stage_k //= 2
+    stage_k = max(stage_k, tile_k)
+    unroll = max(1, body_k // stage_k)
     for stages in range(16, 1, -1):
         tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, gpu.multiprocessors)
         if shared_bytes(config, tile) <= SHARED_BYTES:
@@ -327,7 +341,8 @@ def _map(x: torch.Tensor, block: list[int]) -> Any:
     """A TMA map of a row-major matrix, swizzled as wgmma reads it."""
     from .versions import TensorDescriptor, gl
 
-    kind = {2: gl.float16, 4: gl.float32}[x.itemsize]  # the layout depends on the size alone
+    # the layout depends on the size alone
+    kind = {1: gl.int8, 2: gl.float16, 4: gl.float32}[x.itemsize]
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor.from_tensor(x, block, layout)
 
@@ -381,6 +396,7 @@ class Constants:
     SWEEP: int
     SHARED: bool
     REGISTERS: int
+    LOADING_REGISTERS: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -397,16 +413,25 @@ class Constants:
     TILE_CHUNKS = _known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
     STAGE_CHUNKS = _known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
     WORDS = _known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
-    # groups of a body, of a unit
-    COUNT = _known(lambda c: max(1, c.BODY_K // c.GROUP) if c.GROUP else 1)
+    # groups of a stage, of a unit, and what decoders take of them by way of shared memory
+    STAGE_GROUPS = _known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = _known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
+    EXTRAS = _known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
+
+
+def _registers(consumers: int, grouped: bool) -> dict[str, int]:
+    """Of threads: what those that load leave of a multiprocessor's."""
+    loading = 56 if grouped else 24
+    threads, each = {2: (3 * 128, 168), 4: (5 * 128, 96)}[consumers]
+    left = (threads * each - 128 * loading) // (128 * consumers)
+    return {"REGISTERS": left // 8 * 8, "LOADING_REGISTERS": loading}
 
 
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), _group(config)
     widths = [width for width, _ in planes(config.bits)]
-    count = max(1, tile.body_k // group) if group else 1
+    count = max(1, tile.stage_k // group) if group else 1
     return Constants(
         BITS=config.bits,
         WIDTH=widths[0],
@@ -432,5 +457,5 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        REGISTERS={2: 240, 4: 112}[tile.consumers],
+        **_registers(tile.consumers, group != 0),
     )

@@ -6,14 +6,16 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import lru_cache
+import math
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from triton.language import constexpr
 
-from ..config import FLOAT_ACTIVATIONS, MatmulConfig, MatmulConfigWithSplitK
+from ..config import MatmulConfig, MatmulConfigWithSplitK
+from ..formats import WeightFormat
 from ..layouts import FRAGMENT_8, Fragment
 from . import batch
 from .decode import GPU, SHARED_BYTES
@@ -22,6 +24,7 @@ from .versions import gluon_available
 
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
+_MOST_GROUP = 8192
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,17 @@ def serves(config: MatmulConfig, m: int, arch: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def _serves(config: MatmulConfig) -> bool:
-    if config.A_dtype != "int8" or config.out_dtype not in FLOAT_ACTIVATIONS:
+    if config.A_dtype != "int8" or byte_decoder(config.format) is None:
         return False
     if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
         return False
     if config.K % 16 or config.K >= _MOST_K:  # rows of A start on 16 bytes, for TMA
         return False
-    if config.with_zeros or (config.with_scaling and config.num_groups > 1):
+    group = _group(config)
+    least = max(128, FRAGMENT_8.block_k(config.bits))
+    if group and (group & (group - 1) or not least <= group <= _MOST_GROUP):
         return False
-    return byte_decoder(config) is not None and gluon_available()
+    return gluon_available()
 
 
 def layout(config: MatmulConfig) -> Fragment:
@@ -54,37 +59,66 @@ def layout(config: MatmulConfig) -> Fragment:
     return FRAGMENT_8
 
 
-@lru_cache
-def byte_decoder(config: MatmulConfig) -> tuple[str, float] | None:
-    """(PTX from the four words of a chunk, the operands behind the registers, to registers of four
-    bytes; what a byte's unit is worth). None for formats that it is not there for.
+def _group(config: MatmulConfig) -> int:
+    """Values of k that share a scale or zero point; 0 where all of a row do."""
+    if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
+        return 0
+    return config.group_length
+
+
+@dataclass(frozen=True)
+class ByteDecoder:
+    """Weights as bytes: value = unit * byte + shift. asm: PTX from the four words of a chunk, the
+    operands behind the registers, to registers of four bytes."""
+
+    asm: str
+    unit: float
+    shift: int
+
+
+@cache
+def byte_decoder(fmt: WeightFormat) -> ByteDecoder | None:
+    """The decoder of a format; None where it has none.
 
     (word & mask) ^ flip, of a shifted word, leaves (code << up & mask) ^ flip in each byte.
     """
-    bits, values = config.bits, config.format.code_values()
-    if bits not in (1, 2, 4, 8):
+    bits = fmt.bits
+    if not fmt.is_integer or bits not in (1, 2, 4, 8):
         return None
-    field, count, per = (1 << bits) - 1, 32 // bits, 8 // bits
-    # codes at a byte's top, as signed formats want them, with 1 bit for -1 and 1; or at its bottom
-    for up, flip, unit in (
-        (8 - bits, 0x80 if bits < 8 else 0, 2.0 ** (bits - 8)),
-        (7, 0xC0, 2.0**-6),
-        (0, 0, 1.0),
+    codes = torch.arange(1 << bits)
+    for up, flip, unit, shift in (
+        # at a byte's top, as signed formats want them, with 1 bit for -1 and 1; at its bottom
+        (8 - bits, 0x80 if bits < 8 else 0, 2.0 ** (bits - 8), 0),
+        (7, 0xC0, 2.0**-6, 0),
+        (0, 0, 1.0, 0),
+        (0, 0x80, 1.0, 128),
     ):
-        codes = torch.tensor([(code << up & 0xFF) ^ flip for code in range(1 << bits)])
-        if (codes.to(torch.uint8).view(torch.int8) * unit).tolist() == list(values):
+        found = ((codes << up & 0xFF) ^ flip).to(torch.uint8).view(torch.int8) * unit + shift
+        if found.tolist() == list(fmt.code_values()):
             break
     else:
         return None
-    mask = (field << up & 0xFF) * 0x01010101
+    mask, count, per = (((1 << bits) - 1) << up & 0xFF) * 0x01010101, 32 // bits, 8 // bits
     lines = ["{ .reg .b32 t;"]
     for r in range(count):
         word, left = f"${count + r // per}", up - r % per * bits
         if left:
-            lines.append(f"{'shl.b32' if left > 0 else 'shr.u32'} t, {word}, {abs(left)};")
+            kind = "shl.b32" if left > 0 else "shr.u32"
+            lines.append(f"{kind} t, {word}, {abs(left)};")
             word = "t"
         lines.append(f"lop3.b32 ${r}, {word}, {mask:#x}, {flip * 0x01010101:#x}, 0x6a;")
-    return " ".join(lines) + " }", unit
+    return ByteDecoder(" ".join(lines) + " }", unit, shift)
+
+
+def _decoder(config: MatmulConfig) -> ByteDecoder:
+    decoder = byte_decoder(config.format)
+    assert decoder is not None  # _serves has seen to it
+    return decoder
+
+
+def _needs_sums(config: MatmulConfig) -> bool:
+    """Whether sums of A's rows take part."""
+    return config.with_zeros or _decoder(config).shift != 0
 
 
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
@@ -110,52 +144,70 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
 
 # block_m, bands, consumers, values of k in a stage, stages that are unrolled
 _SHAPES = {
-    16: ((16, 1, 4, 256, 1), (16, 1, 2, 256, 2), (16, 2, 2, 256, 1)),
-    32: ((32, 1, 4, 256, 1), (32, 1, 2, 256, 2), (32, 2, 2, 256, 1)),
-    64: ((64, 1, 4, 256, 1), (64, 1, 2, 256, 2), (64, 2, 2, 256, 1)),
-    128: ((128, 2, 2, 128, 2), (128, 1, 2, 128, 2)),
-    256: ((256, 1, 2, 128, 2), (128, 2, 2, 128, 2)),
+    16: ((16, 1, 1, 512, 1), (16, 1, 2, 256, 2), (16, 1, 1, 256, 2)),
+    32: ((32, 1, 1, 512, 1), (32, 1, 2, 256, 2), (32, 1, 1, 256, 2)),
+    64: ((64, 1, 1, 256, 1), (64, 1, 2, 256, 2), (64, 1, 2, 256, 1)),
+    128: ((128, 1, 2, 128, 2), (128, 2, 2, 128, 1), (128, 1, 1, 128, 2)),
+    256: ((256, 1, 2, 128, 1), (128, 2, 2, 128, 1), (128, 1, 2, 128, 2)),
 }
+# where rows have several groups: of one band, for their sums take as many registers again
+_GROUPED = {m: tuple(x for x in found if x[0] * x[1] <= 128) for m, found in _SHAPES.items()}
 
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for shape in _SHAPES[min(m, 256)]:
+    for shape in (_GROUPED if _group(config) else _SHAPES)[min(m, 256)]:
         tile = _fitting(config, gpu, *shape)
         if tile is not None:
-            tiles += [tile, Tile(**{**tile.__dict__, "share": False})]
-    return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
+            tiles.append(replace(tile, share=False))
+            if config.torch_out_dtype.is_floating_point:  # parts are added up in float32
+                tiles.append(tile)
+    return tuple(sorted(dict.fromkeys(tiles), key=lambda x: microseconds(config, m, x, gpu)))
 
 
 def _fitting(
     config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
     unroll: int,
 ) -> Tile | None:  # fmt: skip
-    """The tile with as many stages as shared memory allows; None where those are too few."""
+    """The tile with as many stages as shared memory allows; None where those are too few.
+
+    Two blocks of one consumer share a multiprocessor.
+    """
+    each = 2 if consumers == 1 else 1
+    group = _group(config)
+    if group:
+        stage_k, unroll = min(stage_k * unroll, group), 1
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
     for stages in range(8, 1, -1):
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, gpu.multiprocessors)
-        if shared_bytes(config, tile) <= SHARED_BYTES:
+        blocks = each * gpu.multiprocessors
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks)
+        if shared_bytes(config, tile) <= SHARED_BYTES // each - (each - 1) * 1024:
             return tile
     return None
 
 
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
-    """What a product should take, from counts of instructions and bytes."""
+    """What a product should take, from counts of matrix instructions and bytes.
+
+    H200, N = K = 8192: a multiprocessor takes in 48 bytes a cycle, and sustains 0.87 of its peak.
+    """
     tiles_n, tiles_m = batch.tiles_of(config, m, tile)
     blocks, bodies = batch._blocks(config, m, tile), batch._bodies(config, tile)
     shared = batch.shared_tiles(config, m, tile)
     steps = -(-(tiles_n * tiles_m - shared) // blocks) * bodies + -(-shared * bodies // blocks)
     weights = tile.rows * tile.body_k
-    cycles = max(
-        weights * tile.block_m / 4096 / 0.8,
-        (tile.body_k * tile.block_m + weights * config.bits / 8) / 30,
-    )
-    serial = 4.0 + (2.0 if shared else 0.0)
-    parts = batch.parts(shared, bodies, blocks) if shared else 0
-    summed = 2 * shared * parts * tile.rows * tile.block_m * 4 / 5e6
-    return steps * cycles / gpu.cycles_per_us + serial + summed
+    traffic = tile.body_k * tile.block_m + weights * config.bits / 8
+    cycles = weights * tile.block_m / 4096 / 0.87
+    if _group(config):
+        cycles += tile.rows * tile.block_m * 0.04
+    # blocks that share a multiprocessor take turns
+    turns = -(-blocks // gpu.multiprocessors)
+    cycles = turns * (max(cycles, traffic / 48) + 0.02 * traffic / 48)
+    read = (config.N * config.K * config.bits / 8 + m * config.K) / gpu.bytes_per_us
+    parts = batch.parts(shared, bodies, blocks) if shared else 1
+    summed = 3.0 + 2 * shared * parts * tile.rows * tile.block_m * 4 / 5e6 if parts > 1 else 0.0
+    return 3.0 + max(steps * cycles / gpu.cycles_per_us, read) + summed
 
 
 def launches(
@@ -172,7 +224,7 @@ def launches(
 ) -> list[Launch]:
     """What computes out (m, N) = A (m, K) times the packed weight, transposed.
 
-    Operands as for bitblas.kernels.gpu.matmul.
+    Operands as for bitblas.kernels.gpu.matmul; A starts on 16 bytes.
     """
     from . import batch8_kernels
     from .versions import TensorDescriptor, gl
@@ -184,6 +236,12 @@ def launches(
     shared = batch.shared_tiles(config, m, tile)
     most = batch.parts(shared, bodies, blocks) if shared else 1
     partial = Workspace((2 * blocks, tile.rows, tile.block_m), torch.float32) if most > 1 else None
+    group = _group(config)
+    sums = Workspace((config.num_groups if group else 1, m), torch.int32)
+    steps = []
+    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
+    if _needs_sums(config):
+        steps.append(_row_sums(config, A, sums, group, pdl))
     swizzled = gl.NVMMASharedLayout.get_default_for([tile.block_m, 128], gl.int8)
     arguments = {
         "A": TensorDescriptor.from_tensor(A, [tile.block_m, 128], swizzled),
@@ -191,33 +249,58 @@ def launches(
         "OUT": out,
         "OUT_MAP": batch._results(out, tile),
         "SCALE": scale,
+        "ZEROS": zeros,
         "INPUT_SCALE": input_scale,
         "BIAS": bias,
+        "SUMS": sums if steps else None,
         "PARTS": partial,
         "M": m,
         "N": config.N,
         "K": config.K,
+        "G": config.num_groups,
         "WHOLE": tiles_n * tiles_m - shared,
         "EARLY": Settled(),
     }
-    constants: dict[str, Any] = {"P": _constants(config, tile, partial is not None)}
-    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
+    exact = not (out.dtype.is_floating_point or config.with_scaling) and (
+        zeros is None or config.zeros_mode == "quantized"
+    )
+    constants = {"P": _constants(config, tile, partial is not None, exact and not group)}
     # registers of a thread before warps are told apart: a block's threads share all of them
-    options = {**pdl, "maxnreg": {2: 168, 4: 96}[tile.consumers]}
-    steps = [Launch(batch8_kernels.batch8_kernel, (blocks,), arguments, constants, 4, 1, options)]
+    options = {**pdl, "maxnreg": {1: 128, 2: 168}[tile.consumers]}
+    function = batch8_kernels.batch8_kernel
+    steps.append(Launch(function, (blocks,), arguments, constants, 4, 1, options))
     if partial is not None:
         steps.append(batch.sum_step(config, m, tile, partial, out, bias, None))
     return steps
+
+
+def _row_sums(
+    config: MatmulConfig, A: torch.Tensor, sums: Workspace, group: int, pdl: dict[str, Any]
+) -> Launch:
+    from . import batch8_kernels
+
+    m, block = A.shape[0], max(4096, group)
+    arguments = {"A": A, "SUMS": sums, "M": m, "K": config.K, "G": config.num_groups}
+    constants = {"GROUP": group, "BLOCK": block, "PROGRAMMATIC": bool(pdl)}
+    grid = (m, -(-config.K // block) if group else 1)
+    return Launch(batch8_kernels.row_sums_kernel, grid, arguments, constants, 4, 1, pdl)
 
 
 @dataclass(frozen=True)
 class Constants:
     """What the compiler knows of a product, as batch.Constants; batch8_kernels explains them."""
 
+    BITS: int
     WIDTH: int
     ASM: str
     CONSTRAINTS: str
     UNIT: float
+    UNIT_BITS: int
+    SHIFT: int
+    SCALED: bool
+    ZEROS_KIND: str
+    GROUP: int
+    EXACT: bool
     BLOCK_M: int
     BANDS: int
     CONSUMERS: int
@@ -226,7 +309,6 @@ class Constants:
     UNROLL: int
     SWEEP: int
     SHARED: bool
-    REGISTERS: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -241,16 +323,20 @@ class Constants:
 
 
 @lru_cache(maxsize=4096)
-def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
-    decoder = byte_decoder(config)
-    assert decoder is not None  # _serves has seen to it
-    asm, unit = decoder
-    count = 32 // config.bits
+def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, exact: bool) -> Constants:
+    decoder = _decoder(config)
     return Constants(
+        BITS=config.bits,
         WIDTH=config.bits,
-        ASM=asm,
-        CONSTRAINTS=",".join(["=&r"] * count + ["r"] * 4),
-        UNIT=unit,
+        ASM=decoder.asm,
+        CONSTRAINTS=",".join(["=&r"] * (32 // config.bits) + ["r"] * 4),
+        UNIT=decoder.unit,
+        UNIT_BITS=-int(math.log2(decoder.unit)),
+        SHIFT=decoder.shift,
+        SCALED=config.with_scaling,
+        ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
+        GROUP=_group(config),
+        EXACT=exact,
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
@@ -259,5 +345,4 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=batch.SWEEP,
         SHARED=in_parts,
-        REGISTERS={2: 240, 4: 112}[tile.consumers],
     )

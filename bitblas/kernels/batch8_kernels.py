@@ -1,13 +1,23 @@
 """Device code of the batch8 family: the batch family's scheme for int8 A, on Hopper.
 
 What differs from batch_kernels: weights are decoded to bytes, four of them by one or two logic
-instructions, and wgmma adds their products with int8 A up in int32, exactly. A byte holds its weight
-times 1 / UNIT, a power of two: a field of a signed format stays at the byte's top, where flipping its
-highest bit gives the two's complement. Scales of rows of W and of rows of A multiply the sums.
+instructions, and wgmma sums their products with int8 A in int32, exactly. A byte holds its weight
+times 1 / UNIT, a power of two: a field of a signed format stays at the byte's top, where flipping
+its highest bit gives the two's complement. What is left over for a weight of
+
+    (v - z) * s  or  v * s - z,   v = UNIT * byte + SHIFT,
+
+comes in with the sums of products, P, and of A, S (row_sums), over a group:
+
+    s * UNIT * P - (s * (z - SHIFT)) * S   or   s * UNIT * P - (z - s * SHIFT) * S
+
+in float32, once a body where rows have several groups, else once at the end. Without scales, and
+for integer results, it is all in int32.
 
     step     128 values of k, a row of A in a swizzled tile of shared memory
     half     64 of them, what one call multiplies: two instructions' depth
     DECODED  halves that the words of one chunk (two of 8-bit codes) cover
+    GROUP    values of k that share a scale, a multiple of a body; 0: one group
 """
 
 # Gluon gives these functions' parameters their types.
@@ -15,8 +25,17 @@ highest bit gives the two's complement. Scales of rows of W and of rows of A mul
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
+
 from .batch_kernels import place, produce, read_words, segment, segments, store_results
-from .device import let_next_kernel_start, wait_for_previous_kernel
+from .device import (
+    decode_scale,
+    keep_loads_here,
+    let_next_kernel_start,
+    packed_zeros,
+    wait_for_previous_kernel,
+)
 from .versions import (
     fence_async_shared,
     gl,
@@ -52,28 +71,84 @@ def row_operand(first, second, P: gl.constexpr, DOT: gl.constexpr):
 
 
 @gluon.jit
+def load_factors(SCALE, ZEROS, n, group, N, G, P: gl.constexpr):
+    """(scale, zero point) of rows n, as they are stored; 0 for what is not there."""
+    mask = n < N
+    where = n.to(gl.int64) * G + group
+    scale = n * 0
+    zero = n * 0
+    if SCALE is not None:
+        scale = gl.load(SCALE + where, mask=mask & (group < G), other=0)
+    if P.ZEROS_KIND == "quantized":
+        zero = packed_zeros(ZEROS, n, group, N, mask & (group < G), P.BITS)
+    elif P.ZEROS_KIND != "none":
+        zero = gl.load(ZEROS + where, mask=mask & (group < G), other=0)
+    return scale, zero
+
+
+@gluon.jit
+def load_sums(SUMS, tile_m, group, M, P: gl.constexpr, MMA: gl.constexpr):
+    """The sums over a group of a tile's rows of A, from SUMS[G, M]."""
+    m = tile_m * P.BLOCK_M + gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA))
+    return gl.load(SUMS + group.to(gl.int64) * M + m, mask=m < M, other=0).expand_dims(0)
+
+
+@gluon.jit
+def with_factors(
+    SUMS, acc, scale, zero, tile_m, group, once, M, P: gl.constexpr, MMA: gl.constexpr
+):  # fmt: skip
+    """Sums of products with the scale and zero points of their group applied, in float32. once:
+    whether they are those that take the sums of A, which are of a whole group, with them."""
+    factor = zero.to(gl.float32) * 0 + P.UNIT
+    base = zero.to(gl.float32) - P.SHIFT
+    if P.SCALED:
+        real = decode_scale(scale, "float")
+        factor = real * P.UNIT
+        if P.ZEROS_KIND == "rescale":
+            base = zero.to(gl.float32) - real * P.SHIFT
+        else:
+            base = real * base
+    result = acc.to(gl.float32) * factor.expand_dims(1)
+    if SUMS is not None:
+        sums = load_sums(SUMS, tile_m, group, M, P, MMA)
+        base = gl.where(once, base, 0.0)
+        result = result - base.expand_dims(1) * sums.to(gl.float32)
+    return result
+
+
+@gluon.jit
+def to_integer(x):
+    """float32 rounded half to even, saturated."""
+    return gl.inline_asm_elementwise(
+        "cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
 def finish_segment(
-    OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, c_smem, acc, row, tile_m, slot, complete, M, N,
+    OUT, OUT_MAP, INPUT_SCALE, BIAS, PARTS, c_smem, result, row, tile_m, slot, complete, M, N,
     WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """Stores a consumer's rows of a tile, or its part of their sum."""
     ROWS: gl.constexpr = 64 * P.BANDS
     n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
     m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA))
-    result = acc.to(gl.float32)
-    if SCALE is not None:
-        scale = gl.load(SCALE + (row + n), mask=row + n < N, other=0).to(gl.float32)
-        result = result * (scale * P.UNIT).expand_dims(1)
-    elif P.UNIT != 1:
-        result = result * P.UNIT
     if INPUT_SCALE is not None:
         token = tile_m * P.BLOCK_M + m
         factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
         result = result * factor.expand_dims(0)
     if complete:
         if BIAS is not None:
-            bias = gl.load(BIAS + (row + n), mask=row + n < N, other=0).to(gl.float32)
-            result = result + bias.expand_dims(1)
+            bias = gl.load(BIAS + (row + n), mask=row + n < N, other=0).expand_dims(1)
+            if result.dtype.is_int() and bias.dtype.is_int():
+                result = result + bias.to(gl.int32)
+            else:
+                result = result.to(gl.float32) + bias.to(gl.float32)
+        if OUT.dtype.element_ty.is_int():
+            if result.dtype.is_floating():
+                result = to_integer(result)
+            if OUT.dtype.element_ty == gl.int8:
+                result = gl.minimum(gl.maximum(result, -128), 127)
         store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
     elif P.SHARED:
         first = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
@@ -83,8 +158,8 @@ def finish_segment(
 
 @gluon.jit
 def consume(
-    OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem, ready, empty,
-    M, N, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
+    OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem, c_smem, ready,
+    empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     # Triton 3.6 knows no 256 columns of 8-bit elements
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
@@ -95,12 +170,20 @@ def consume(
     alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 0
+    if P.GROUP != 0 and SUMS is not None:
+        wait_for_previous_kernel()
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
+        n = row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
         acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.int32, MMA)
-        for _body in range(start, end):
+        total = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA) if P.GROUP != 0 else acc
+        for body in range(start, end):
+            if P.GROUP != 0:
+                group = body * P.BODY_K // P.GROUP
+                scale, zero = load_factors(SCALE, ZEROS, n, group, N, G, P)
+                keep_loads_here()
             previous = buffer
             for half in gl.static_range(HALVES):
                 if half % P.STAGE_HALVES == 0:
@@ -120,7 +203,9 @@ def consume(
                     )  # fmt: skip
                 b = a_smem.index(buffer * P.STEPS + half % P.STAGE_HALVES // 2)
                 b = b.slice(half % 2 * 64, 64, 1)
-                acc = warpgroup_mma(a, b.permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma(
+                    a, b.permute((1, 0)), acc, use_acc=P.GROUP == 0 or half > 0, is_async=True
+                )  # fmt: skip
                 if half == HALVES - 1:
                     acc = warpgroup_mma_wait(0, deps=(acc,))
                 elif half > 0:
@@ -138,24 +223,41 @@ def consume(
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
+            if P.GROUP != 0:
+                once = body * P.BODY_K % P.GROUP == 0
+                total += with_factors(SUMS, acc, scale, zero, tile_m, group, once, M, P, MMA)
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
+        if P.GROUP != 0:
+            result = total
+        else:
+            group = tile * 0
+            scale, zero = load_factors(SCALE, ZEROS, n, group, N, G, P)
+            if P.EXACT:
+                result = acc >> P.UNIT_BITS
+                if SUMS is not None:
+                    sums = load_sums(SUMS, tile_m, group, M, P, MMA)
+                    result = result - (zero - P.SHIFT).expand_dims(1) * sums
+            else:
+                once = start == 0
+                result = with_factors(SUMS, acc, scale, zero, tile_m, group, once, M, P, MMA)
         slot = 2 * gl.program_id(0) + gl.where(s > alone, 1, 0)
         complete = (start == 0) & (end == bodies)
         finish_segment(
-            OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, c_smem, acc, row, tile_m, slot,
-            complete, M, N, WHO, P, MMA,
+            OUT, OUT_MAP, INPUT_SCALE, BIAS, PARTS, c_smem, result, row, tile_m, slot, complete,
+            M, N, WHO, P, MMA,
         )  # fmt: skip
     if OUT_MAP is not None:
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "WHOLE", "EARLY"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
 def batch8_kernel(
-    A, W, OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, M, N, K, WHOLE, EARLY, P: gl.constexpr
+    A, W, OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, M, N, K, G, WHOLE, EARLY,
+    P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N], as batch_kernels.batch_kernel. A: a TMA map of (M, K), [BLOCK_M, 128] at a time;
-    INPUT_SCALE: of A's rows. P: batch8.Constants."""
+    INPUT_SCALE: of A's rows; SUMS: of row_sums. P: batch8.Constants."""
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(gl.int8, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
     w_smem = gl.allocate_shared_memory(
@@ -172,46 +274,65 @@ def batch8_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
     fence_async_shared()
+    # as in batch_kernel: weights that may be read early, and what the next kernel may do
     if EARLY == 0:
         wait_for_previous_kernel()
     let_next_kernel_start()
     bodies = (K + P.BODY_K - 1) // P.BODY_K
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
-    R: gl.constexpr = P.REGISTERS
-    if P.CONSUMERS == 2:
+    if P.CONSUMERS == 1:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem.index(0),
-                ready, empty, M, N, tiles_n, tiles_m, WHOLE, bodies, 0, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem.index(1),
-                ready, empty, M, N, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem,
+                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
             )),
-        ], [4, 1], [R, 24])  # fmt: skip
+        ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem.index(0),
-                ready, empty, M, N, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem,
+                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem.index(1),
-                ready, empty, M, N, tiles_n, tiles_m, WHOLE, bodies, 1, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem.index(2),
-                ready, empty, M, N, tiles_n, tiles_m, WHOLE, bodies, 2, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, INPUT_SCALE, BIAS, PARTS, a_smem, w_smem, c_smem.index(3),
-                ready, empty, M, N, tiles_n, tiles_m, WHOLE, bodies, 3, P,
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem,
+                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
             )),
-        ], [4, 4, 4, 1], [R, R, R, 24])  # fmt: skip
+        ], [4, 1], [240, 24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "K", "G"])
+def row_sums_kernel(
+    A, SUMS, M, K, G, GROUP: tl.constexpr, BLOCK: tl.constexpr, PROGRAMMATIC: tl.constexpr
+):  # fmt: skip
+    """SUMS[G, M] of A[M, K]. Grid: (M, blocks along K, one where GROUP is 0: the whole row)."""
+    if PROGRAMMATIC:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    K = K // 16 * 16
+    row = tl.program_id(0)
+    pointer = A + row.to(tl.int64) * K
+    if GROUP == 0:
+        column = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, K, BLOCK):
+            inside = first + column < K
+            total += tl.load(pointer + first + column, mask=inside, other=0).to(tl.int32)
+        tl.store(SUMS + row, tl.sum(total, axis=0))
+    else:
+        COUNT: tl.constexpr = BLOCK // GROUP
+        group = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
+        column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        total = tl.sum(tl.load(pointer + column, mask=column < K, other=0).to(tl.int32), axis=1)
+        tl.store(SUMS + group.to(tl.int64) * M + row, total, mask=group < G)

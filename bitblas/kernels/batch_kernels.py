@@ -74,13 +74,22 @@ def words_layout(BANDS, GROUPS, WORDS):
 
 
 @gluon.constexpr_function
-def extras_layout(BANDS, COUNT):
-    """[4 * BANDS, 8, 2 row halves, COUNT groups], the same rows in a lane as words_layout."""
-    registers = powers(COUNT, 4, 3) + [[0, 0, 1, 0]]
-    registers = registers + [[4 << i, 0, 0, 0] for i in range(5) if 1 << i < BANDS]
-    lanes = [[0, 0, 0, 0], [0, 0, 0, 0], *powers(8, 4, 1)]
-    shape = [4 * BANDS, 8, 2, COUNT]
-    return gl.DistributedLinearLayout(registers, lanes, powers(4, 4, 0), [], shape)
+def extras_layout(GROUPS, BANDS):
+    """[GROUPS, 4 * BANDS, 2 row halves, 8]: the same rows in a lane as words_layout."""
+    registers = [*powers(GROUPS, 4, 0), [0, 0, 1, 0]]
+    registers = registers + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = [[0, 0, 0, 0], [0, 0, 0, 0], *powers(8, 4, 3)]
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, powers(4, 4, 1), [], shape)
+
+
+@gluon.constexpr_function
+def preparing_layout(GROUPS, BANDS):
+    """The same shape, rows across two warps."""
+    registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 2, 0, 0]], [], shape)
 
 
 # --- who does what ---------------------------------------------------------------------------
@@ -185,26 +194,28 @@ def produce(
 
 
 @gluon.jit
-def load_extras(SCALE, ZEROS, row, k, N, G, P: gl.constexpr):
-    """Scales and zero points, as they are stored, of COUNT groups from k on; 0 beyond the edges."""
-    L: gl.constexpr = extras_layout(P.BANDS, P.COUNT)
-    L3: gl.constexpr = gl.SliceLayout(3, L)
-    band = gl.arange(0, 4 * P.BANDS, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
-    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
-    r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
-    each = gl.arange(0, P.COUNT, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
+def load_extras(
+    SCALE, ZEROS, row, first, N, G, GROUPS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+    L: gl.constexpr,
+):  # fmt: skip
+    """Scales and zero points, as they are stored, of GROUPS groups from `first` on, of 64 * BANDS
+    rows from `row` on; 0 beyond the edges."""
+    L1: gl.constexpr = gl.SliceLayout(0, L)
+    each = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    band = gl.arange(0, 4 * BANDS, gl.SliceLayout(1, gl.SliceLayout(2, L1)))
+    r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, L1)))
+    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, L1)))
     n = (
         band.expand_dims(1).expand_dims(2) * 16
-        + r3.expand_dims(0).expand_dims(1) * 8
-        + g.expand_dims(0).expand_dims(2)
-    ).expand_dims(3)
-    each = each.expand_dims(0).expand_dims(1).expand_dims(2)
-    first = 0 if P.GROUP == 0 else k // P.GROUP
-    if P.ALIGNED:  # lets the compiler see that COUNT elements can be read at once
-        G = G // P.COUNT * P.COUNT
-        first = first // P.COUNT * P.COUNT
+        + r3.expand_dims(0).expand_dims(2) * 8
+        + g.expand_dims(0).expand_dims(1)
+    ).expand_dims(0)
+    each = each.expand_dims(1).expand_dims(2).expand_dims(3)
+    if P.ALIGNED:  # lets the compiler see that all groups of a row can be read at once
+        G = G // GROUPS * GROUPS
+        first = first // GROUPS * GROUPS
     mask = (row + n < N) & (first + each < G)
-    scale = gl.zeros([4 * P.BANDS, 8, 2, P.COUNT], gl.int32, L)
+    scale = gl.zeros([GROUPS, 4 * BANDS, 2, 8], gl.int32, L)
     zero = scale
     start = row.to(gl.int64) * G + first
     if P.SCALED:
@@ -238,14 +249,13 @@ def nearest(x):
 
 
 @gluon.jit
-def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr):
-    """(minus, scale, addend) of the decoder, [4 * BANDS, 8, 2, COUNT]; those it takes.
+def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
+    """(minus, scale, addend) of the decoder, shaped as what load_extras returns; those it takes.
 
     A zero point's integer part is subtracted from the code, exactly, and the rest of it, scaled,
     from the product: so zero points that are integers cost no precision.
     """
-    L: gl.constexpr = extras_layout(P.BANDS, P.COUNT)
-    minus = gl.zeros([4 * P.BANDS, 8, 2, P.COUNT], gl.int32, L)
+    minus = gl.zeros(scale.shape, gl.int32, L)
     addend = minus
     factor = minus
     if P.SCALED:
@@ -269,14 +279,74 @@ def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def of_unit(x, HALF: gl.constexpr, UNIT: gl.constexpr, P: gl.constexpr, LAYOUT: gl.constexpr):
-    """What one row half of a body's unit takes of decoder_extras: [4 * BANDS, 8, 1, GROUPS, 1]."""
-    x = take(x.permute([0, 1, 3, 2]), HALF)
-    if P.GROUPS > 1:
-        x = x.reshape([4 * P.BANDS, 8, P.COUNT // P.GROUPS, P.GROUPS]).permute([0, 1, 3, 2])
-        x = take(x, UNIT)
-    else:
-        x = take(x, UNIT * P.COUNT // P.BODY_UNITS).reshape([4 * P.BANDS, 8, 1])
+def prepare(
+    SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
+    P: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring with what decoders take besides words, where groups of k have their own.
+
+    Warps of their own do it, well ahead: consumers that load scales have to wait for them at each
+    fence.
+    """
+    GROUPS: gl.constexpr = P.STAGE_GROUPS
+    BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
+    L: gl.constexpr = preparing_layout(GROUPS, BANDS)
+    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    buffer = 0
+    phase = 1
+    for s in range(count):
+        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        row = tile_n * (64 * BANDS)
+        first = start * P.BODY_K // P.GROUP
+        scale, zero = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, L)
+        for stage in range(start * P.UNROLL, end * P.UNROLL):
+            minus, factor, addend = decoder_extras(scale, zero, a_smem.dtype, P, L)
+            first = (stage + 1) * P.STAGE_K // P.GROUP
+            scale, zero = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, L)
+            keep_loads_here()
+            mbarrier.wait(empty.index(buffer), phase)
+            slot = buffer * P.EXTRAS
+            if P.MINUS:
+                e_smem.index(slot).store(minus)
+                slot += 1
+            if P.SCALED:
+                e_smem.index(slot).store(factor)
+                slot += 1
+            if P.ADDED:
+                e_smem.index(slot).store(addend)
+            mbarrier.arrive(ready.index(buffer))
+            buffer += 1
+            if buffer == P.STAGES:
+                buffer = 0
+                phase ^= 1
+
+
+@gluon.jit
+def read_extras(e_smem, slot, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
+    """A consumer's share of what `prepare` has stored, for a unit's groups: (minus, scale, addend).
+
+    Those that the decoder does not take are any."""
+    minus = share_of_extras(e_smem.index(slot), WHO, FIRST, P)
+    scale = minus
+    addend = minus
+    if P.MINUS and P.SCALED:
+        scale = share_of_extras(e_smem.index(slot + 1), WHO, FIRST, P)
+    if P.ADDED:
+        addend = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), WHO, FIRST, P)
+    return minus, scale, addend
+
+
+@gluon.jit
+def share_of_extras(smem, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
+    x = smem.slice(FIRST, P.GROUPS, 0).slice(WHO * 4 * P.BANDS, 4 * P.BANDS, 1)
+    return x.load(extras_layout(P.GROUPS, P.BANDS))
+
+
+@gluon.jit
+def of_half(x, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """One row half of extras: [4 * BANDS, 8, 1, GROUPS, 1]."""
+    x = take(x.permute([1, 3, 0, 2]), HALF)
     x = gl.convert_layout(x, gl.SliceLayout(2, gl.SliceLayout(4, LAYOUT)), assert_trivial=True)
     return x.expand_dims(2).expand_dims(4)
 
@@ -316,13 +386,13 @@ def decode_unit(
         operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
     if P.MINUS:
         for half in gl.static_range(2):
-            operands = operands + [gl.broadcast(of_unit(minus, half, UNIT, P, L), w)[0]]
+            operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
     if P.SCALED:
         for half in gl.static_range(2):
-            operands = operands + [gl.broadcast(of_unit(scale, half, UNIT, P, L), w)[0]]
+            operands = operands + [gl.broadcast(of_half(scale, half, L), w)[0]]
     if P.ADDED:
         for half in gl.static_range(2):
-            operands = operands + [gl.broadcast(of_unit(addend, half, UNIT, P, L), w)[0]]
+            operands = operands + [gl.broadcast(of_half(addend, half, L), w)[0]]
     if DTYPE == gl.float16:
         return gl.inline_asm_elementwise(
             P.ASM, P.CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // P.WIDTH), is_pure=True,
@@ -421,13 +491,14 @@ def finish_segment(
 
 @gluon.jit
 def consume(
-    OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, c_smem, ready, empty,
-    M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
+    OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem, c_smem, ready,
+    empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P.BLOCK_M, 16]
     )  # fmt: skip
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.BODY_UNITS
     HALVES: gl.constexpr = P.UNIT_K // 64
     alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
@@ -437,13 +508,11 @@ def consume(
         tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
-        scales, zeros = load_extras(SCALE, ZEROS, row, start * P.BODY_K, N, G, P)
+        if P.GROUP == 0:
+            scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
+            minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA)
         for body in range(start, end):
-            minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P)
-            if P.GROUP != 0:
-                scales, zeros = load_extras(SCALE, ZEROS, row, (body + 1) * P.BODY_K, N, G, P)
-                keep_loads_here()
             previous = buffer
             for unit in gl.static_range(UNITS):
                 if unit % P.STAGE_UNITS == 0:
@@ -455,6 +524,12 @@ def consume(
                     extra = main
                     if P.EXTRA != 0:
                         extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
+                if P.EXTRAS > 0:
+                    if unit % P.STAGE_UNITS * P.UNIT_K % P.GROUP == 0:
+                        minus, scale, addend = read_extras(
+                            e_smem, buffer * P.EXTRAS, WHO,
+                            unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
+                        )  # fmt: skip
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
@@ -506,6 +581,11 @@ def batch_kernel(
     w_smem = gl.allocate_shared_memory(
         gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
     )  # fmt: skip
+    e_smem = gl.allocate_shared_memory(
+        gl.int32,
+        [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, 4 * P.BANDS * P.CONSUMERS, 2, 8],
+        gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
+    )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
         OUT.dtype.element_ty, [P.CONSUMERS, P.BLOCK_M, ROWS],
         gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, ROWS], OUT.dtype.element_ty),
@@ -514,7 +594,7 @@ def batch_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
     fence_async_shared()
 
@@ -526,43 +606,89 @@ def batch_kernel(
     bodies = (K + P.BODY_K - 1) // P.BODY_K
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
+    # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
-    if P.CONSUMERS == 2:
+    L: gl.constexpr = P.LOADING_REGISTERS
+    if P.CONSUMERS == 2 and P.EXTRAS > 0:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
                 c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
                 c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
             )),
-        ], [4, 1], [R, 24])  # fmt: skip
-    else:
+            (prepare, (
+                SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, P,
+            )),
+        ], [4, 1, 2], [R, L, L])  # fmt: skip
+    elif P.CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
                 c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
+                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+            )),
+            (produce, (
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+            )),
+        ], [4, 1], [R, L])  # fmt: skip
+    elif P.EXTRAS > 0:
+        gl.warp_specialize([
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
+                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
                 c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
                 c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
                 c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
             )),
-        ], [4, 4, 4, 1], [R, R, R, 24])  # fmt: skip
+            (prepare, (
+                SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, P,
+            )),
+        ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
+                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
+                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
+                c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
+                c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
+            )),
+            (produce, (
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+            )),
+        ], [4, 4, 4, 1], [R, R, R, L])  # fmt: skip
 
 
 # --- the sum of parts ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .. import cache, plan
 from ..config import TORCH_DTYPES, MatmulConfig
 from ..layouts import layout_of
 from ..operands import input_features
-from . import portable, quantize
+from . import batch, batch8, portable, quantize
 from .compile import Source
 from .launch import Launch
 from .prepared import Prepared, architecture, current_device, execute
@@ -174,8 +174,15 @@ def _launches(
 ) -> list[Launch]:
     family, tile = plan.pick(config, m, device)
     A, W, *extras = operands
+    if family in (batch, batch8):  # TMA reads from multiples of 16 bytes
+        A, W = _on_16_bytes(A), _on_16_bytes(W)
     steps: list[Launch] = family.launches(config, A, W, out, *extras, tile)
     return steps
+
+
+def _on_16_bytes(x: torch.Tensor | None) -> torch.Tensor:
+    assert x is not None
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def sources(
