@@ -147,34 +147,41 @@ _SHAPES = {
     16: ((16, 1, 1, 512, 1), (16, 1, 2, 256, 2), (16, 1, 1, 256, 2)),
     32: ((32, 1, 1, 512, 1), (32, 1, 2, 256, 2), (32, 1, 1, 256, 2)),
     64: ((64, 1, 1, 256, 1), (64, 1, 2, 256, 2), (64, 1, 2, 256, 1)),
-    128: ((128, 1, 2, 128, 2), (128, 2, 2, 128, 1), (128, 1, 1, 128, 2)),
-    256: ((256, 1, 2, 128, 1), (128, 2, 2, 128, 1), (128, 1, 2, 128, 2)),
+    128: ((128, 1, 2, 128, 2), (128, 2, 2, 128, 1), (128, 1, 1, 128, 2), (64, 2, 2, 128, 2)),
+    256: ((256, 1, 2, 128, 1), (128, 2, 2, 128, 1), (128, 1, 2, 128, 2), (64, 2, 2, 128, 2)),
 }
-# where rows have several groups: of one band, for their sums take as many registers again
-_GROUPED = {m: tuple(x for x in found if x[0] * x[1] <= 128) for m, found in _SHAPES.items()}
 
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for shape in (_GROUPED if _group(config) else _SHAPES)[min(m, 256)]:
-        tile = _fitting(config, gpu, *shape)
-        if tile is not None:
-            tiles.append(replace(tile, share=False))
-            if config.torch_out_dtype.is_floating_point:  # parts are added up in float32
-                tiles.append(tile)
+    for shape in _SHAPES[min(m, 256)]:
+        if not _fits_registers(config, shape[0], shape[1]):
+            continue
+        for each in (1, 2) if shape[2] == 1 else (1,):
+            tile = _fitting(config, gpu, each, *shape)
+            if tile is not None:
+                tiles.append(replace(tile, share=False))
+                if config.torch_out_dtype.is_floating_point:  # parts are added up in float32
+                    tiles.append(tile)
     return tuple(sorted(dict.fromkeys(tiles), key=lambda x: microseconds(config, m, x, gpu)))
 
 
+def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
+    """Sums over groups take as many registers again, those of A's rows a few for each column."""
+    if _group(config):
+        return bands * block_m <= 128 and block_m <= (64 if _needs_sums(config) else 128)
+    return block_m <= (128 if _needs_sums(config) else 256)
+
+
 def _fitting(
-    config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
-    unroll: int,
+    config: MatmulConfig, gpu: GPU, each: int, block_m: int, bands: int, consumers: int,
+    stage_k: int, unroll: int,
 ) -> Tile | None:  # fmt: skip
     """The tile with as many stages as shared memory allows; None where those are too few.
 
-    Two blocks of one consumer share a multiprocessor.
+    each: blocks that share a multiprocessor.
     """
-    each = 2 if consumers == 1 else 1
     group = _group(config)
     if group:
         stage_k, unroll = min(stage_k * unroll, group), 1
@@ -206,7 +213,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     cycles = turns * (max(cycles, traffic / 48) + 0.02 * traffic / 48)
     read = (config.N * config.K * config.bits / 8 + m * config.K) / gpu.bytes_per_us
     parts = batch.parts(shared, bodies, blocks) if shared else 1
-    summed = 3.0 + 2 * shared * parts * tile.rows * tile.block_m * 4 / 5e6 if parts > 1 else 0.0
+    summed = 3.0 + 2 * shared * parts * tile.rows * tile.block_m * 4 / 2.5e6 if parts > 1 else 0.0
     return 3.0 + max(steps * cycles / gpu.cycles_per_us, read) + summed
 
 

@@ -125,6 +125,23 @@ def to_integer(x):
 
 
 @gluon.jit
+def with_bias(BIAS, result, n, N, DTYPE: gl.constexpr):
+    """Results of rows n of W with their bias, as DTYPE can hold them."""
+    if BIAS is not None:
+        bias = gl.load(BIAS + n, mask=n < N, other=0).expand_dims(1)
+        if result.dtype.is_int() and bias.dtype.is_int():
+            result = result + bias.to(gl.int32)
+        else:
+            result = result.to(gl.float32) + bias.to(gl.float32)
+    if DTYPE.is_int():
+        if result.dtype.is_floating():
+            result = to_integer(result)
+        if DTYPE == gl.int8:
+            result = gl.minimum(gl.maximum(result, -128), 127)
+    return result
+
+
+@gluon.jit
 def finish_segment(
     OUT, OUT_MAP, INPUT_SCALE, BIAS, PARTS, c_smem, result, row, tile_m, slot, complete, M, N,
     WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
@@ -138,18 +155,8 @@ def finish_segment(
         factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
         result = result * factor.expand_dims(0)
     if complete:
-        if BIAS is not None:
-            bias = gl.load(BIAS + (row + n), mask=row + n < N, other=0).expand_dims(1)
-            if result.dtype.is_int() and bias.dtype.is_int():
-                result = result + bias.to(gl.int32)
-            else:
-                result = result.to(gl.float32) + bias.to(gl.float32)
-        if OUT.dtype.element_ty.is_int():
-            if result.dtype.is_floating():
-                result = to_integer(result)
-            if OUT.dtype.element_ty == gl.int8:
-                result = gl.minimum(gl.maximum(result, -128), 127)
-        store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
+        final = with_bias(BIAS, result, row + n, N, OUT.dtype.element_ty)
+        store_results(OUT, OUT_MAP, c_smem, final, row, tile_m, M, N, P)
     elif P.SHARED:
         first = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
         where = n.expand_dims(1) * P.BLOCK_M + m.expand_dims(0)
