@@ -186,7 +186,7 @@ def _fitting(
     if group:
         stage_k, unroll = min(stage_k * unroll, group), 1
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
-    for stages in range(8, 1, -1):
+    for stages in range(16, 1, -1):
         blocks = each * gpu.multiprocessors
         tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks)
         if shared_bytes(config, tile) <= SHARED_BYTES // each - (each - 1) * 1024:
