@@ -15,7 +15,7 @@ import torch
 from triton.language import constexpr
 
 from ..config import MatmulConfig, MatmulConfigWithSplitK
-from ..formats import WeightFormat
+from ..formats import Affine, WeightFormat
 from ..layouts import FRAGMENT_8, Fragment
 from . import batch
 from .decode import GPU, SHARED_BYTES
@@ -41,11 +41,13 @@ def serves(config: MatmulConfig, m: int, arch: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def _serves(config: MatmulConfig) -> bool:
-    if config.A_dtype != "int8" or byte_decoder(config.format) is None:
+    if _decoder(config) is None:
         return False
     if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
         return False
     if config.K % 16 or config.K >= _MOST_K:  # rows of A start on 16 bytes, for TMA
+        return False
+    if config.A_dtype == "e4m3_float8" and config.with_zeros:
         return False
     group = _group(config)
     least = max(128, FRAGMENT_8.block_k(config.bits))
@@ -110,15 +112,64 @@ def byte_decoder(fmt: WeightFormat) -> ByteDecoder | None:
     return ByteDecoder(" ".join(lines) + " }", unit, shift)
 
 
-def _decoder(config: MatmulConfig) -> ByteDecoder:
-    decoder = byte_decoder(config.format)
-    assert decoder is not None  # _serves has seen to it
-    return decoder
+@cache
+def float_decoder(fmt: WeightFormat) -> ByteDecoder | None:
+    """The decoder of a format to e4m3 bytes; None where it has none.
+
+    Small e4m3 numbers are evenly spaced, by 2^-9: the byte c is c * 2^-9 up to 15. So codes of
+    signed integers become a sign and a magnitude, and those of E2M1, moved to the same place, are
+    2^-6 times their value.
+    """
+    bits = fmt.bits
+    count, per = 32 // bits, 8 // bits
+    decoder = fmt.decoder
+    if fmt.name == "e4m3_float8":
+        moves = " ".join(f"mov.b32 ${r}, ${count + r};" for r in range(4))
+        return ByteDecoder("{ " + moves + " }", 1.0, 0)
+    signed = isinstance(decoder, Affine) and bits in (2, 4)
+    half = 1 << (bits - 1)
+    signed = signed and list(fmt.code_values()) == [c - half for c in range(1 << bits)]
+    if not signed and fmt.name != "fp4_e2m1":
+        return None
+
+    def move(target: str, word: str, left: int) -> str:
+        kind = "shl.b32" if left >= 0 else "shr.u32"
+        return f"{kind} {target}, {word}, {abs(left)};"
+
+    lines = ["{ .reg .b32 t, s, p, m;"]
+    for r in range(count):
+        word, at = f"${count + r // per}", r % per * bits
+        if signed:
+            field, middle = (1 << bits) - 1, half * 0x01010101
+            lines += [
+                move("t", word, -at),
+                f"and.b32 t, t, {field * 0x01010101:#x};",
+                f"sub.u32 s, {0x80808080 + middle:#x}, t;",  # of negative values
+                f"xor.b32 p, t, {middle:#x};",  # of the others
+                move("m", "t", 8 - bits),
+                "prmt.b32 m, m, m, 0xba98;",  # all ones for those
+                f"lop3.b32 ${r}, m, p, s, 0xca;",
+            ]
+        else:
+            lines += [
+                move("s", word, 4 - at),
+                move("t", word, 2 - at),
+                "and.b32 t, t, 0x1c1c1c1c;",
+                f"lop3.b32 ${r}, s, 0x80808080, t, 0xea;",
+            ]
+    return ByteDecoder(" ".join(lines) + " }", 2.0**9 if signed else 2.0**6, 0)
+
+
+def _decoder(config: MatmulConfig) -> ByteDecoder | None:
+    if config.A_dtype == "int8":
+        return byte_decoder(config.format)
+    return float_decoder(config.format) if config.A_dtype == "e4m3_float8" else None
 
 
 def _needs_sums(config: MatmulConfig) -> bool:
     """Whether sums of A's rows take part."""
-    return config.with_zeros or _decoder(config).shift != 0
+    decoder = _decoder(config)
+    return config.with_zeros or (decoder is not None and decoder.shift != 0)
 
 
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
@@ -169,7 +220,7 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
 
 def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
     """Sums over groups take as many registers again, those of A's rows a few for each column."""
-    if _group(config):
+    if _group(config) or config.A_dtype != "int8":
         return bands * block_m <= 128 and block_m <= (64 if _needs_sums(config) else 128)
     return block_m <= (128 if _needs_sums(config) else 256)
 
@@ -206,7 +257,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     weights = tile.rows * tile.body_k
     traffic = tile.body_k * tile.block_m + weights * config.bits / 8
     cycles = weights * tile.block_m / 4096 / 0.87
-    if _group(config):
+    if _group(config) or config.A_dtype != "int8":
         cycles += tile.rows * tile.block_m * 0.04
     # blocks that share a multiprocessor take turns
     turns = -(-blocks // gpu.multiprocessors)
@@ -307,6 +358,8 @@ class Constants:
     SCALED: bool
     ZEROS_KIND: str
     GROUP: int
+    FLOAT: bool
+    PROMOTED: bool
     EXACT: bool
     BLOCK_M: int
     BANDS: int
@@ -332,17 +385,21 @@ class Constants:
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, exact: bool) -> Constants:
     decoder = _decoder(config)
+    assert decoder is not None  # _serves has seen to it
+    float_a = config.A_dtype != "int8"
     return Constants(
         BITS=config.bits,
         WIDTH=config.bits,
         ASM=decoder.asm,
         CONSTRAINTS=",".join(["=&r"] * (32 // config.bits) + ["r"] * 4),
         UNIT=decoder.unit,
-        UNIT_BITS=-int(math.log2(decoder.unit)),
+        UNIT_BITS=max(0, -int(math.log2(decoder.unit))),
         SHIFT=decoder.shift,
         SCALED=config.with_scaling,
         ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
         GROUP=_group(config),
+        FLOAT=float_a,
+        PROMOTED=float_a or _group(config) != 0,
         EXACT=exact,
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,

@@ -18,6 +18,10 @@ for integer results, it is all in int32.
     half     64 of them, what one call multiplies: two instructions' depth
     DECODED  halves that the words of one chunk (two of 8-bit codes) cover
     GROUP    values of k that share a scale, a multiple of a body; 0: one group
+
+e4m3 A (FLOAT) is multiplied by e4m3 bytes in the same way. There the matrix units keep few bits of a
+sum that grows, so the sums of a body are added to those before in float32 (PROMOTED), which rows of
+several groups want anyway.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -51,9 +55,15 @@ from .versions import (
 def decode(w, P: gl.constexpr):
     """A chunk's words [4 * BANDS, 8, 4, 4] -> registers of four bytes each, in the order of k-steps
     and their four registers; what was the index of a word counts bytes then."""
-    return gl.inline_asm_elementwise(
-        P.ASM, P.CONSTRAINTS, [w], dtype=(gl.int8,) * (32 // P.WIDTH), is_pure=True, pack=4
-    )  # fmt: skip
+    if P.FLOAT:
+        return gl.inline_asm_elementwise(
+            P.ASM, P.CONSTRAINTS, [w], dtype=(gl.float8e4nv,) * (32 // P.WIDTH), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            P.ASM, P.CONSTRAINTS, [w], dtype=(gl.int8,) * (32 // P.WIDTH), is_pure=True, pack=4
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -184,8 +194,8 @@ def consume(
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         n = row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
-        acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.int32, MMA)
-        total = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA) if P.GROUP != 0 else acc
+        acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32 if P.FLOAT else gl.int32, MMA)
+        total = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA) if P.PROMOTED else acc
         for body in range(start, end):
             if P.GROUP != 0:
                 group = body * P.BODY_K // P.GROUP
@@ -211,7 +221,7 @@ def consume(
                 b = a_smem.index(buffer * P.STEPS + half % P.STAGE_HALVES // 2)
                 b = b.slice(half % 2 * 64, 64, 1)
                 acc = warpgroup_mma(
-                    a, b.permute((1, 0)), acc, use_acc=P.GROUP == 0 or half > 0, is_async=True
+                    a, b.permute((1, 0)), acc, use_acc=not P.PROMOTED or half > 0, is_async=True
                 )  # fmt: skip
                 if half == HALVES - 1:
                     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -233,6 +243,8 @@ def consume(
             if P.GROUP != 0:
                 once = body * P.BODY_K % P.GROUP == 0
                 total += with_factors(SUMS, acc, scale, zero, tile_m, group, once, M, P, MMA)
+            elif P.PROMOTED:
+                total += acc
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
         if P.GROUP != 0:
@@ -247,7 +259,9 @@ def consume(
                     result = result - (zero - P.SHIFT).expand_dims(1) * sums
             else:
                 once = start == 0
-                result = with_factors(SUMS, acc, scale, zero, tile_m, group, once, M, P, MMA)
+                result = with_factors(
+                    SUMS, total if P.PROMOTED else acc, scale, zero, tile_m, group, once, M, P, MMA
+                )
         slot = 2 * gl.program_id(0) + gl.where(s > alone, 1, 0)
         complete = (start == 0) & (end == bodies)
         finish_segment(
@@ -266,7 +280,7 @@ def batch8_kernel(
     """OUT[M, N], as batch_kernels.batch_kernel. A: a TMA map of (M, K), [BLOCK_M, 128] at a time;
     INPUT_SCALE: of A's rows; SUMS: of row_sums. P: batch8.Constants."""
     ROWS: gl.constexpr = 64 * P.BANDS
-    a_smem = gl.allocate_shared_memory(gl.int8, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
+    a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
     w_smem = gl.allocate_shared_memory(
         gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
     )  # fmt: skip
