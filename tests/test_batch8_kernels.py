@@ -26,7 +26,7 @@ from bitblas.layouts import FRAGMENT_8
 
 def make_config(w: str, zeros: str | None = None, **fields):
     fields = {"N": 4096, "K": 4096, "group_size": -1, "out_dtype": "float16", **fields}
-    return compat.make_config("int8", w, zeros, **fields)
+    return compat.make_config(fields.pop("a", "int8"), w, zeros, **fields)
 
 
 DECODED = [name for name, fmt in FORMATS.items() if batch8.byte_decoder(fmt) is not None]
@@ -37,11 +37,21 @@ def test_formats_that_are_served():
     assert set(DECODED) == {f"{sign}{bits}" for sign in signs for bits in (1, 2, 4, 8)}
 
 
-@pytest.mark.parametrize("w", DECODED)
-def test_decoded_bytes_are_the_values_in_their_unit(w):
+FLOATS = [name for name, fmt in FORMATS.items() if batch8.float_decoder(fmt) is not None]
+
+
+def test_formats_that_e4m3_activations_are_served_with():
+    assert set(FLOATS) == {"e4m3_float8", "int4", "int2", "fp4_e2m1"}
+
+
+@pytest.mark.parametrize(
+    ("a", "w"), [("int8", w) for w in DECODED] + [("e4m3_float8", w) for w in FLOATS]
+)
+def test_decoded_bytes_are_the_values_in_their_unit(a, w):
     """Every register of every chunk against the format's values, where the layout puts them."""
     fmt = FORMATS[w]
-    decoder = batch8.byte_decoder(fmt)
+    decoder = batch8.byte_decoder(fmt) if a == "int8" else batch8.float_decoder(fmt)
+    dtype = {"int8": torch.int8, "e4m3_float8": torch.float8_e4m3fn}[a]
     count, block = 32 // fmt.bits, FRAGMENT_8.block_k(fmt.bits)
     codes = torch.randint(0, 1 << fmt.bits, (64, block), dtype=torch.uint8)
     values = fmt.to_values(codes)
@@ -50,11 +60,14 @@ def test_decoded_bytes_are_the_values_in_their_unit(w):
         four = words[chunk, band, lane].numpy().view("uint32")
         found = execute(decoder.asm, {f"${count + i}": four[i : i + 1] for i in range(4)})
         for register in range(count):
-            got = torch.from_numpy(found[f"${register}"].view("int8")) * decoder.unit
+            got = torch.from_numpy(found[f"${register}"].view("int8")).view(dtype)
+            got = got.double() * decoder.unit
             step, x, r3 = register // 4, register % 4 // 2, register % 2
             row = band * 16 + r3 * 8 + lane // 4
             k = chunk * 256 // fmt.bits + step * 32 + x * 16 + lane % 4 * 4
-            assert (got + decoder.shift).tolist() == values[row, k : k + 4].tolist()
+            assert torch.equal(
+                (got + decoder.shift).nan_to_num(7e7), values[row, k : k + 4].nan_to_num(7e7)
+            )
 
 
 LEFT = [
@@ -98,12 +111,16 @@ CASES = [
     ("uint4", "original", 64, dict(group_size=128)),
     ("uint4", "rescale", 4096, dict(group_size=256)),
     ("uint2", "quantized", 256, {}),
+    ("e4m3_float8", None, 4096, {"a": "e4m3_float8"}),
+    ("int4", None, 64, {"a": "e4m3_float8", "group_size": 128}),
+    ("fp4_e2m1", None, 1, {"a": "e4m3_float8", "out_dtype": "float32"}),
 ]
 
 
 @pytest.mark.parametrize(("w", "zeros", "m", "fields"), CASES)
 def test_planned_tiles_stay_in_registers_and_use_wgmma(w, zeros, m, fields):
     config = make_config(w, zeros, **fields)
+    instruction = "IGMMA" if config.A_dtype == "int8" else "QGMMA"
     assert batch8.serves(config, m, 90)
     tile = batch8.candidates(config, m)[0]
     assert batch8.shared_bytes(config, tile) <= batch8.SHARED_BYTES
@@ -112,8 +129,8 @@ def test_planned_tiles_stay_in_registers_and_use_wgmma(w, zeros, m, fields):
         found = compiler.statistics(compiler.compile_launch(step, 90))
         assert found.local_bytes <= compat.most_local_bytes("batch8"), tile
         assert found.shared_bytes <= compat.SHARED[90]
-        matrix += found.count("IGMMA")
-        assert not found.count("IGMMA") or found.count("UTMALDG") > 0
+        matrix += found.count(instruction)
+        assert not found.count(instruction) or found.count("UTMALDG") > 0
     assert matrix > 0
 
 

@@ -15,7 +15,7 @@ import torch
 from triton.language import constexpr
 
 from ..config import MatmulConfig, MatmulConfigWithSplitK
-from ..formats import Affine, WeightFormat
+from ..formats import WeightFormat
 from ..layouts import FRAGMENT_8, Fragment
 from . import batch
 from .decode import GPU, SHARED_BYTES
@@ -121,14 +121,14 @@ def float_decoder(fmt: WeightFormat) -> ByteDecoder | None:
     2^-6 times their value.
     """
     bits = fmt.bits
+    if bits not in (2, 4, 8):
+        return None
     count, per = 32 // bits, 8 // bits
-    decoder = fmt.decoder
     if fmt.name == "e4m3_float8":
         moves = " ".join(f"mov.b32 ${r}, ${count + r};" for r in range(4))
         return ByteDecoder("{ " + moves + " }", 1.0, 0)
-    signed = isinstance(decoder, Affine) and bits in (2, 4)
     half = 1 << (bits - 1)
-    signed = signed and list(fmt.code_values()) == [c - half for c in range(1 << bits)]
+    signed = bits < 8 and list(fmt.code_values()) == [c - half for c in range(1 << bits)]
     if not signed and fmt.name != "fp4_e2m1":
         return None
 
