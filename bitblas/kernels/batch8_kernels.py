@@ -19,9 +19,9 @@ for integer results, it is all in int32.
     DECODED  halves that the words of one chunk (two of 8-bit codes) cover
     GROUP    values of k that share a scale, a multiple of a body; 0: one group
 
-e4m3 A (FLOAT) is multiplied by e4m3 bytes in the same way. There the matrix units keep few bits of a
-sum that grows, so the sums of a body are added to those before in float32 (PROMOTED), which rows of
-several groups want anyway.
+e4m3 A (FLOAT) is multiplied by e4m3 bytes in the same way. There the matrix units keep few bits of
+a sum that grows, so the sums of a body are added to those before in float32 (PROMOTED), which rows
+of several groups want anyway.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -40,6 +40,7 @@ from .device import (
     packed_zeros,
     wait_for_previous_kernel,
 )
+from .quantize_kernels import follow_previous_kernel
 from .versions import (
     fence_async_shared,
     gl,
@@ -334,13 +335,7 @@ def row_sums_kernel(
 ):  # fmt: skip
     """SUMS[G, M] of A[M, K]. Grid: (M, blocks along K, one where GROUP is 0: the whole row)."""
     if PROGRAMMATIC:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+        follow_previous_kernel()
     K = K // 16 * 16
     row = tl.program_id(0)
     pointer = A + row.to(tl.int64) * K
