@@ -28,10 +28,13 @@ if torch.cuda.get_device_capability()[0] != 9 or not batch8.gluon_available():
 pytestmark = pytest.mark.gpu
 
 COMBINATIONS = [
-    (w, zeros)
+    ("int8", w, zeros)
     for w, fmt in FORMATS.items()
     if batch8.byte_decoder(fmt) is not None
     for zeros in (None, *ZEROS_MODES)
+]
+COMBINATIONS += [
+    ("e4m3_float8", w, None) for w, fmt in FORMATS.items() if batch8.float_decoder(fmt) is not None
 ]
 OUTS = ("float16", "bfloat16", "float32", "int32", "int8")
 
@@ -51,14 +54,15 @@ class Product8(Product):
         return out
 
 
-def drawn_config(rng: random.Random, w: str, zeros: str | None):
+def drawn_config(rng: random.Random, a: str, w: str, zeros: str | None):
     """Any product of the combination that the family serves, of odd sizes mostly."""
     group = rng.choice((max(128, FRAGMENT_8.block_k(FORMATS[w].bits)), 256, 512, -1, -1))
     k = 16 * rng.choice((1, 2, 9, 70, 131, 261)) if group == -1 else group * rng.choice((1, 3, 9))
     scaled = rng.random() < 0.75
-    outs = OUTS if scaled else OUTS[2:]  # sums beyond the largest float16
+    outs = OUTS if a == "int8" else OUTS[:3]
+    outs = outs if scaled else outs[2:]  # sums beyond the largest float16
     config = make_config(
-        "int8", w, zeros, N=rng.choice((1, 17, 64, 200, 1003)), K=k, group_size=group,
+        a, w, zeros, N=rng.choice((1, 17, 64, 200, 1003)), K=k, group_size=group,
         with_scaling=scaled, with_bias=rng.random() < 0.5, out_dtype=rng.choice(outs),
     )  # fmt: skip
     assert batch8.serves(config, 1, 90)
@@ -75,20 +79,20 @@ def drawn_tile(rng: random.Random, config) -> Tile:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("w", "zeros"), COMBINATIONS)
-def test_any_product_in_any_tile(w, zeros, seed):
+@pytest.mark.parametrize(("a", "w", "zeros"), COMBINATIONS)
+def test_any_product_in_any_tile(a, w, zeros, seed):
     rng = random.Random(seed)
     for m in (rng.randint(1, 16), rng.randint(17, 64), rng.randint(65, 700)):
-        config = drawn_config(rng, w, zeros)
+        config = drawn_config(rng, a, w, zeros)
         problem = draw(config, m, seed, "cuda", with_input_scale=rng.random() < 0.7)
         product, tile = Product8(problem), drawn_tile(rng, config)
         product.check(product(tile), tile)
 
 
-@pytest.mark.parametrize(("w", "zeros"), COMBINATIONS)
-def test_planned_tiles(w, zeros, seed):
+@pytest.mark.parametrize(("a", "w", "zeros"), COMBINATIONS)
+def test_planned_tiles(a, w, zeros, seed):
     rng = random.Random(seed)
-    config = drawn_config(rng, w, zeros)
+    config = drawn_config(rng, a, w, zeros)
     m = rng.choice((1, 16, 17, 50, 128, 200, 513))
     product = Product8(draw(config, m, seed, "cuda", with_input_scale=True))
     matmul = bitblas.Matmul(config)
@@ -106,6 +110,8 @@ UNALIKE = [
     (dict(w="int4", K=4096, group_size=128), 100, Tile(128, 1, 2, 128, 5, 1, 132)),
     (dict(w="uint4", zeros="original", K=4096, group_size=256), 40, Tile(64, 1, 1, 256, 3, 1, 30)),
     (dict(w="int2", K=4096), 1, Tile(16, 1, 1, 512, 3, 1, 40)),
+    (dict(a="e4m3_float8", w="int4", K=4096, group_size=128), 70, None),
+    (dict(a="e4m3_float8", w="e4m3_float8", K=2064), 200, Tile(128, 1, 2, 128, 5, 2, 21)),
     (dict(w="uint8", zeros="quantized", K=2064), 300, Tile(128, 1, 2, 128, 3, 2, 11)),
 ]
 
@@ -113,7 +119,9 @@ UNALIKE = [
 def unalike(case, seed) -> tuple[Product8, Tile]:
     fields, m, tile = case
     fields = {"group_size": -1, "N": 1040, **fields}
-    config = make_config("int8", fields.pop("w"), fields.pop("zeros", None), **fields)
+    config = make_config(
+        fields.pop("a", "int8"), fields.pop("w"), fields.pop("zeros", None), **fields
+    )
     product = Product8(draw(config, m, seed, "cuda", with_input_scale=True))
     return product, tile or batch8.candidates(config, m)[0]
 
@@ -161,8 +169,8 @@ def test_an_input_written_just_before(case, seed):
     outs = [product.out() for _ in inputs]
     torch.cuda.synchronize()
     for given, out in zip(inputs, outs):
-        A.fill_(77)
-        torch.add(given, 0, out=A)
+        A.view(torch.int8).fill_(77)
+        A.view(torch.int8).copy_(given.view(torch.int8))
         once.start(out, A)
     assert all(torch.equal(out, wanted) for out, wanted in zip(outs, expected))
 

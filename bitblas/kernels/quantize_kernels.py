@@ -14,8 +14,8 @@ ROUND_AT_ONE = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it ends in the
 
 @triton.jit
 def follow_previous_kernel():
-    """For a kernel that is started early (programmatic launch): wait until the one ahead is complete,
-    let the next be started."""
+    """Of a kernel that is started early (programmatic launch): wait until the one ahead is
+    complete, and let the next be started."""
     tl.inline_asm_elementwise(
         "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
