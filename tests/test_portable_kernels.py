@@ -41,6 +41,7 @@ def interpret(
     """(error, allowed error of the product; error of dequantize) of one case."""
     from bitblas import reference
     from bitblas.kernels import portable
+    from bitblas.kernels.prepared import execute
 
     config = make_config(*case)
     problem = draw(config, m, seed=m)
@@ -50,7 +51,7 @@ def interpret(
     if split_k > 1:
         gemm = next(tile for tile in portable.candidates(config, m) if tile.kernel == "gemm")
         tile = dataclasses.replace(gemm, split_k=split_k)
-    portable.matmul(config, problem.A, W, out, **problem.extras(), tile=tile)
+    execute(portable.launches(config, problem.A, W, out, **problem.extras(), tile=tile), out.device)
     weight = torch.full((config.N, config.K), 77.0)
     extras = {name: x for name, x in problem.extras().items() if name != "bias"}
     portable.dequantize(config, W, weight, **extras)

@@ -259,7 +259,7 @@ def launches(
 ) -> list[Launch]:
     """What computes out (m, N) = A (m, K) times the packed weight, transposed.
 
-    Operands as for bitblas.kernels.portable.matmul.
+    Operands as for bitblas.kernels.gpu.matmul.
     """
     m = A.shape[0]
     tile = tile or candidates(config, m)[0]
