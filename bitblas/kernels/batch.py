@@ -392,24 +392,29 @@ class Constants:
     WORDS = _known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = _known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # stages whose scales of a row are read at once, and the groups that they are of
+    RUN = _known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
+    RUN_GROUPS = _known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = _known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     EXTRAS = _known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
-def _registers(consumers: int, grouped: bool) -> dict[str, int]:
-    """Of threads: what those that load leave of a multiprocessor's."""
-    loading = 56 if grouped else 24
-    threads, each = {2: (3 * 128, 168), 4: (5 * 128, 96)}[consumers]
-    left = (threads * each - 128 * loading) // (128 * consumers)
-    return {"REGISTERS": left // 8 * 8, "LOADING_REGISTERS": loading}
+def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
+    """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
+    are; the warps that load get what is left, up to 128, and consumers the rest of it."""
+    total = {2: 3 * 168, 4: 5 * 96}[tile.consumers]
+    least = 56 if grouped else 24
+    spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
+    loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
+    consumers = (total - loading) // tile.consumers // 8 * 8
+    return {"REGISTERS": min(consumers, 240), "LOADING_REGISTERS": loading}
 
 
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), _group(config)
     widths = [width for width, _ in planes(config.bits)]
-    count = max(1, tile.stage_k // group) if group else 1
-    return Constants(
+    known = Constants(
         BITS=config.bits,
         WIDTH=widths[0],
         EXTRA=widths[1] if len(widths) > 1 else 0,
@@ -425,7 +430,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         SCALED=extras.scaled,
         ADDED=extras.added,
         GROUP=group,
-        ALIGNED=config.num_groups % count == 0,
+        ALIGNED=False,
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
@@ -434,5 +439,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        **_registers(tile.consumers, group != 0),
+        **_registers(tile, group != 0),
     )
+    return replace(known, ALIGNED=config.num_groups % known.RUN_GROUPS.value == 0)

@@ -279,18 +279,30 @@ def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.cons
 
 
 @gluon.jit
+def of_stage(x, STAGE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
+    """What a stage of a run takes of load_extras."""
+    x = x.permute([1, 2, 3, 0])
+    x = x.reshape(x.shape[:3] + [P.RUN_GROUPS // P.STAGE_GROUPS, P.STAGE_GROUPS])
+    x = take(x.permute([0, 1, 2, 4, 3]), STAGE * P.RUN_GROUPS // (P.RUN * P.STAGE_GROUPS))
+    return gl.convert_layout(x.permute([3, 0, 1, 2]), L, assert_trivial=True)
+
+
+@gluon.jit
 def prepare(
     SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
     P: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring with what decoders take besides words, where groups of k have their own.
 
-    Warps of their own do it, well ahead: consumers that load scales have to wait for them at each
-    fence.
+    Warps of their own do it, well ahead: consumers that load scales would wait for them at each
+    fence. A row's scales of RUN stages are read at once, a run ahead: they lie beside each other,
+    and 32 bytes come from the L2 for any of them.
     """
-    GROUPS: gl.constexpr = P.STAGE_GROUPS
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
-    L: gl.constexpr = preparing_layout(GROUPS, BANDS)
+    GROUPS: gl.constexpr = P.RUN_GROUPS
+    RUN: gl.constexpr = P.RUN
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
     alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 1
@@ -298,28 +310,38 @@ def prepare(
         tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
-        first = start * P.BODY_K // P.GROUP
-        scale, zero = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, L)
-        for stage in range(start * P.UNROLL, end * P.UNROLL):
-            minus, factor, addend = decoder_extras(scale, zero, a_smem.dtype, P, L)
-            first = (stage + 1) * P.STAGE_K // P.GROUP
-            scale, zero = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, L)
+        begin = start * P.UNROLL
+        stop = end * P.UNROLL
+        first = begin // RUN * (RUN * P.STAGE_K) // P.GROUP
+        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR)
+        for run in range(begin // RUN, (stop + RUN - 1) // RUN):
+            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
+            next_scales, next_zeros = load_extras(
+                SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
+            )  # fmt: skip
             keep_loads_here()
-            mbarrier.wait(empty.index(buffer), phase)
-            slot = buffer * P.EXTRAS
-            if P.MINUS:
-                e_smem.index(slot).store(minus)
-                slot += 1
-            if P.SCALED:
-                e_smem.index(slot).store(factor)
-                slot += 1
-            if P.ADDED:
-                e_smem.index(slot).store(addend)
-            mbarrier.arrive(ready.index(buffer))
-            buffer += 1
-            if buffer == P.STAGES:
-                buffer = 0
-                phase ^= 1
+            for i in gl.static_range(RUN):
+                if (run * RUN + i >= begin) & (run * RUN + i < stop):
+                    minus, factor, addend = decoder_extras(
+                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), a_smem.dtype, P, L
+                    )  # fmt: skip
+                    mbarrier.wait(empty.index(buffer), phase)
+                    slot = buffer * P.EXTRAS
+                    if P.MINUS:
+                        e_smem.index(slot).store(minus)
+                        slot += 1
+                    if P.SCALED:
+                        e_smem.index(slot).store(factor)
+                        slot += 1
+                    if P.ADDED:
+                        e_smem.index(slot).store(addend)
+                    mbarrier.arrive(ready.index(buffer))
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
+                        phase ^= 1
+            scales = next_scales
+            zeros = next_zeros
 
 
 @gluon.jit
