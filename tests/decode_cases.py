@@ -125,9 +125,7 @@ class Product:
         )
         return out.fill_(float("nan"))
 
-    def launches(
-        self, tile: Any, out: torch.Tensor, A: torch.Tensor | None = None
-    ) -> list[Launch]:
+    def launches(self, tile: Any, out: torch.Tensor, A: torch.Tensor | None = None) -> list[Launch]:
         A = self.A if A is None else A
         steps: list[Launch] = self.family.launches(
             self.config, A, self.W, out, **self.extras, tile=tile

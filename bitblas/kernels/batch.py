@@ -64,7 +64,10 @@ def serves(config: MatmulConfig, m: int, arch: int) -> bool:
 def _serves(config: MatmulConfig) -> bool:
     if config.A_dtype not in ("float16", "bfloat16") or config.K % 8:
         return False  # rows of A start on 16 bytes, for TMA
-    if not gluon_available() or operand_decoder(config.format, config.A_dtype, *[False] * 3) is None:
+    if (
+        not gluon_available()
+        or operand_decoder(config.format, config.A_dtype, *[False] * 3) is None
+    ):
         return False
     if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
         return False

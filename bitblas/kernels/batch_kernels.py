@@ -1,28 +1,29 @@
 """Device code of the batch family: more than 16 rows of 16-bit A, on Hopper.
 
-C^T = W A^T: weights, decoded in registers, are the row operand of wgmma, a tile of A in shared memory
-is the other. A block has one warp that fills a ring of stages by TMA, with A and with the packed
-words, and CONSUMERS warpgroups, each of which decodes and multiplies its own rows of W: the decoding
-of one step of 64 k runs beside the matrix instructions of the one before, and of the other
-warpgroups.
+C^T = W A^T: weights, decoded in registers, are the row operand of wgmma, a tile of A in shared
+memory is the other. A block has warps that fill a ring of stages, one by TMA with A and the packed
+words, two with what decoders take of scales and zero points; and CONSUMERS warpgroups, each of
+which decodes and multiplies its own rows of W. The decoding of one step of 64 k runs beside the matrix
+instructions of the one before, and of the other warpgroups.
 
     tile     ROWS = 64 * BANDS * CONSUMERS rows of W by BLOCK_M rows of A
     stage    STAGE_K values of k, what one fill of the ring holds
-    body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that take
-             their row operand from registers cannot be in flight over a loop's edge
-    segment  a run of bodies of one tile, done by one block
+    body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that
+             take their row operand from registers cannot be in flight over a loop's edge
+    run      RUN stages, whose scales of a row are read at once
+    segment  bodies of one tile that one block does, one after the other
 
 Tiles up to WHOLE are done whole, in turns. The others are shared: their bodies, in the order of
-tiles and k, are dealt out to all blocks in equal runs, so a run may be a part of a tile, or parts of
-two and whole ones between. Parts go to PARTS, a slot for the first segment of a block and one for
-its last, and sum_parts adds those of a tile in the order of k. Nothing depends on which block is
-done first: equal calls give equal bits.
+tiles and k, are dealt out to all blocks in equal numbers, so what a block gets may be a part of a
+tile, or parts of two and whole ones between. Parts go to PARTS, a slot for a block's first segment
+and one for its last, and sum_parts adds those of a tile in the order of k. Nothing depends on which
+block is done first: equal calls give equal bits.
 
 Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
     WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
     TILE_K: values of k in a tile of the packed layout, UNIT_K: those that are decoded at a time.
     GROUP: values of k that share a scale, a power of two; 0: one scale for a row.
-    MINUS, SCALED, ADDED: which extras the decoder takes.
+    MINUS, SCALED, ADDED: which extras the decoder takes, EXTRAS: how many by way of the ring.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -534,7 +535,7 @@ def consume(
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA)
-        for body in range(start, end):
+        for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
                 if unit % P.STAGE_UNITS == 0:
@@ -594,9 +595,9 @@ def batch_kernel(
     """OUT[M, N]. Grid: any number of blocks, at most one on a multiprocessor.
 
     A: a TMA map of (M, K), [BLOCK_M, 64] at a time; W: of the words as (row tiles of the layout,
-    chunks along K * 4, 128). OUT_MAP: of OUT, where TMA can write it. WHOLE: tiles done by one block
-    each. EARLY: whether the weights may be read before the previous kernel in the stream is
-    complete. P: batch.Constants.
+    chunks along K * 4, 128). OUT_MAP: of OUT, where TMA can write it. WHOLE: tiles that are done by
+    one block each. EARLY: whether the weights may be read before the previous kernel in the stream
+    is complete. P: batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 64], A.layout)

@@ -308,7 +308,9 @@ def operand_decoder(
         if given:
             extras[name] = first
             first += 4
-    lines.append(f"mov.b32 l0, {_pattern(unit, A_dtype)}; mov.b32 l1, {_pattern(lowered[1], A_dtype)};")
+    lines.append(
+        f"mov.b32 l0, {_pattern(unit, A_dtype)}; mov.b32 l1, {_pattern(lowered[1], A_dtype)};"
+    )
     lines += [f"mov.b32 n{r3}, {_pattern(-base[r3], A_dtype)};" for r3 in range(2)]
     for out, word, slot in _slots(width):
         r3 = slot % 2
