@@ -99,8 +99,9 @@ def test_candidates_fit_and_are_all_different(m):
 
 
 @pytest.mark.parametrize(
-    ("shared", "bodies", "blocks"), [(1, 1, 1), (3, 7, 5), (16, 32, 132), (5, 3, 132), (111, 64, 132)]
-)  # fmt: skip
+    ("shared", "bodies", "blocks"),
+    [(1, 1, 1), (3, 7, 5), (16, 32, 132), (5, 3, 132), (111, 64, 132)],
+)
 def test_the_parts_of_a_tile_are_counted_as_the_kernels_deal_them_out(shared, bodies, blocks):
     units = shared * bodies
     owner = [

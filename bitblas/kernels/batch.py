@@ -24,7 +24,8 @@ from .versions import gluon_available
 
 KERNELS = ("batch",)
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
-_SUM_THREADS = 128
+# (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
+_THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Tile:
     """How a product is cut up; batch_kernels explains the terms.
 
     blocks: thread blocks; share: whether they share the tiles that are left when each has done the
-    same number of whole ones.
+    same number of whole ones. per_sm: blocks for which a multiprocessor has room.
     """
 
     block_m: int
@@ -43,6 +44,7 @@ class Tile:
     unroll: int
     blocks: int
     share: bool = True
+    per_sm: int = 1
     kernel: str = "batch"
 
     @property
@@ -154,14 +156,14 @@ def parts(shared: int, bodies: int, blocks: int) -> int:
 
 
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
-    """Shared memory of a block: the ring, and the results on their way out."""
+    """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
     group, extras = _group(config), _extras(config)
     if group:
         kinds = extras.based + extras.scaled + extras.added
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
-    return tile.stages * (stage + 16) + out
+    return tile.stages * (stage + 16) + out + 1024
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -182,12 +184,13 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
     return list(_candidates(config, _bucket(m), gpu or GPU()))
 
 
-# block_m, bands, consumers, values of k in a stage, stages that are unrolled
+# block_m, bands, consumers, values of k in a stage, stages that are unrolled, blocks on a
+# multiprocessor: those that were the fastest for some shape on an H200
 _SHAPES = {
-    32: ((32, 1, 4, 128, 2), (32, 2, 2, 128, 2), (32, 1, 2, 128, 2)),
-    64: ((64, 1, 4, 128, 2), (64, 2, 2, 128, 1), (64, 1, 2, 128, 2)),
-    128: ((128, 2, 2, 128, 1), (128, 1, 2, 128, 2)),
-    256: ((256, 1, 2, 64, 2), (128, 2, 2, 128, 1), (128, 1, 2, 128, 1)),
+    32: ((32, 1, 2, 256, 1, 1), (32, 1, 4, 256, 1, 1), (32, 1, 2, 128, 2, 2)),
+    64: ((64, 1, 2, 256, 1, 1), (64, 1, 4, 128, 1, 1), (64, 1, 2, 128, 1, 2)),
+    128: ((128, 2, 2, 128, 1, 1), (128, 1, 2, 128, 1, 1)),
+    256: ((256, 1, 2, 64, 2, 1), (128, 1, 2, 128, 1, 1), (128, 2, 2, 128, 1, 1)),
 }
 
 
@@ -197,8 +200,20 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     for shape in _SHAPES[min(m, 256)]:
         tile = _fitting(config, gpu, *shape)
         if tile is not None:
-            tiles += [tile, replace(tile, share=False)]
+            tiles += _dealt(config, m, tile)
     return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
+
+
+def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
+    """The tile with its work dealt out to blocks in each way that may be the best."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    tiles = tiles_n * tiles_m
+    found = [tile]
+    if tiles <= tile.blocks // 2:  # as many blocks for each tile
+        found.append(replace(tile, blocks=tile.blocks // tiles * tiles))
+    elif tiles % tile.blocks:
+        found.append(replace(tile, share=False))
+    return list(dict.fromkeys(found))
 
 
 def _fitting(
@@ -209,18 +224,22 @@ def _fitting(
     consumers: int,
     stage_k: int,
     unroll: int,
+    per_sm: int,
 ) -> Tile | None:
     """The tile with as many stages as shared memory allows; None where those are too few."""
     tile_k, group = FRAGMENT_16.block_k(config.bits), _group(config)
     body_k = stage_k * unroll
     while stage_k > 64 and group and stage_k > 4 * group:
         stage_k //= 2
-    stage_k = max(stage_k, tile_k)
-    unroll = max(1, body_k // stage_k)
-    for stages in range(16, 1, -1):
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, gpu.multiprocessors)
-        if shared_bytes(config, tile) <= SHARED_BYTES:
-            return tile
+    blocks = per_sm * gpu.multiprocessors
+    for stage in (stage_k, stage_k // 2, stage_k // 4):
+        if stage < max(64, tile_k):
+            break
+        unroll = max(1, body_k // stage)
+        for stages in range(16, 2 if stage > max(64, tile_k) else 1, -1):
+            tile = Tile(block_m, bands, consumers, stage, stages, unroll, blocks, per_sm=per_sm)
+            if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
+                return tile
     return None
 
 
@@ -267,8 +286,9 @@ def launches(
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = shared_tiles(config, m, tile)
     whole = tiles_n * tiles_m - shared
-    most = parts(shared, bodies, blocks) if shared else 1
-    partial = Workspace((2 * blocks, tile.rows, tile.block_m), torch.float32) if most > 1 else None
+    in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
+    slots = (2 * blocks, tile.consumers)
+    part = (64 * tile.bands, tile.block_m)
     arguments = {
         "A": _map(A, [tile.block_m, 64]),
         "W": _words(config, W, tile),
@@ -278,7 +298,8 @@ def launches(
         "ZEROS": zeros,
         "BIAS": bias,
         "GLOBAL_SCALE": global_scale,
-        "PARTS": partial,
+        "PARTS": Workspace((*slots, *part), torch.float32) if in_parts else None,
+        "FLAGS": Workspace(slots, torch.int64) if in_parts else None,
         "M": m,
         "N": config.N,
         "K": config.K,
@@ -286,63 +307,19 @@ def launches(
         "WHOLE": whole,
         "EARLY": Settled(),
     }
-    constants: dict[str, Any] = {"P": _constants(config, tile, partial is not None)}
-    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
-    # registers of a thread before warps are told apart: a block's threads share all of them
-    options = {**pdl, "maxnreg": {2: 168, 4: 96}[tile.consumers]}
-    steps = [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
-    if partial is not None:
-        steps.append(sum_step(config, m, tile, partial, out, bias, global_scale))
-    return steps
-
-
-def sum_step(
-    config: MatmulConfig,
-    m: int,
-    tile: Tile,
-    partial: Workspace,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    global_scale: torch.Tensor | None,
-) -> Launch:
-    """What adds the parts of shared tiles up."""
-    from . import batch_kernels
-
-    tiles_n, tiles_m = tiles_of(config, m, tile)
-    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
-    shared = shared_tiles(config, m, tile)
-    piece = max(16, 2048 // tile.block_m)
-    arguments = {
-        "PARTS": partial,
-        "OUT": out,
-        "BIAS": bias,
-        "GLOBAL_SCALE": global_scale,
-        "M": m,
-        "N": config.N,
-        "WHOLE": tiles_n * tiles_m - shared,
-        "TILES_N": tiles_n,
-        "TILES_M": tiles_m,
-        "BODIES": bodies,
-        "BLOCKS": blocks,
-    }
-    constants = {
-        "BLOCK_M": tile.block_m,
-        "ROWS": tile.rows,
-        "PIECE": piece,
-        "MOST": parts(shared, bodies, blocks),
-        "SWEEP": SWEEP,
-    }
-    grid = (shared, tile.rows // piece)
-    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
-    return Launch(batch_kernels.sum_parts_kernel, grid, arguments, constants, 4, 1, pdl)
+    constants = {"P": _constants(config, tile, in_parts)}
+    # registers of a thread before warps are told apart
+    options: dict[str, Any] = {"maxnreg": _THREADS[tile.consumers, tile.per_sm][1]}
+    if PROGRAMMATIC_LAUNCH:
+        options["launch_pdl"] = True
+    return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
 
 
 def _map(x: torch.Tensor, block: list[int]) -> Any:
     """A TMA map of a row-major matrix, swizzled as wgmma reads it."""
     from .versions import TensorDescriptor, gl
 
-    # the layout depends on the size alone
-    kind = {1: gl.int8, 2: gl.float16, 4: gl.float32}[x.itemsize]
+    kind = {2: gl.float16, 4: gl.float32}[x.itemsize]  # the layout depends on the size alone
     layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     return TensorDescriptor.from_tensor(x, block, layout)
 
@@ -415,24 +392,30 @@ class Constants:
     WORDS = _known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = _known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # stages whose scales of a row are read at once, and the groups that they are of
+    RUN = _known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
+    RUN_GROUPS = _known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = _known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     EXTRAS = _known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
-def _registers(consumers: int, grouped: bool) -> dict[str, int]:
-    """Of threads: what those that load leave of a multiprocessor's."""
-    loading = 56 if grouped else 24
-    threads, each = {2: (3 * 128, 168), 4: (5 * 128, 96)}[consumers]
-    left = (threads * each - 128 * loading) // (128 * consumers)
-    return {"REGISTERS": left // 8 * 8, "LOADING_REGISTERS": loading}
+def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
+    """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
+    are; the warps that load get what is left, up to 128, and consumers the rest of it."""
+    threads, each = _THREADS[tile.consumers, tile.per_sm]
+    total = threads // 128 * each
+    least = (56 if tile.per_sm == 1 else 40) if grouped else 24
+    spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
+    loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
+    consumers = (total - loading) // tile.consumers // 8 * 8
+    return {"REGISTERS": min(consumers, 240), "LOADING_REGISTERS": loading}
 
 
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), _group(config)
     widths = [width for width, _ in planes(config.bits)]
-    count = max(1, tile.stage_k // group) if group else 1
-    return Constants(
+    known = Constants(
         BITS=config.bits,
         WIDTH=widths[0],
         EXTRA=widths[1] if len(widths) > 1 else 0,
@@ -448,7 +431,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         SCALED=extras.scaled,
         ADDED=extras.added,
         GROUP=group,
-        ALIGNED=config.num_groups % count == 0,
+        ALIGNED=False,
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
@@ -457,5 +440,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        **_registers(tile.consumers, group != 0),
+        **_registers(tile, group != 0),
     )
+    return replace(known, ALIGNED=config.num_groups % known.RUN_GROUPS.value == 0)

@@ -1,28 +1,29 @@
 """Device code of the batch family: more than 16 rows of 16-bit A, on Hopper.
 
-C^T = W A^T: weights, decoded in registers, are the row operand of wgmma, a tile of A in shared memory
-is the other. A block has one warp that fills a ring of stages by TMA, with A and with the packed
-words, and CONSUMERS warpgroups, each of which decodes and multiplies its own rows of W: the decoding
-of one step of 64 k runs beside the matrix instructions of the one before, and of the other
-warpgroups.
+C^T = W A^T: weights, decoded in registers, are the row operand of wgmma, a tile of A in shared
+memory is the other. A block has warps that fill a ring of stages, one by TMA with A and the packed
+words, two with what decoders take of scales and zero points; and CONSUMERS warpgroups, each of
+which decodes and multiplies its own rows of W. The decoding of one step of 64 k runs beside the
+matrix instructions of the one before, and of the other warpgroups.
 
     tile     ROWS = 64 * BANDS * CONSUMERS rows of W by BLOCK_M rows of A
     stage    STAGE_K values of k, what one fill of the ring holds
-    body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that take
-             their row operand from registers cannot be in flight over a loop's edge
-    segment  a run of bodies of one tile, done by one block
+    body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that
+             take their row operand from registers cannot be in flight over a loop's edge
+    run      RUN stages, whose scales of a row are read at once
+    segment  bodies of one tile that one block does, one after the other
 
 Tiles up to WHOLE are done whole, in turns. The others are shared: their bodies, in the order of
-tiles and k, are dealt out to all blocks in equal runs, so a run may be a part of a tile, or parts of
-two and whole ones between. Parts go to PARTS, a slot for the first segment of a block and one for
-its last, and sum_parts adds those of a tile in the order of k. Nothing depends on which block is
-done first: equal calls give equal bits.
+tiles and k, are dealt out to all blocks in equal numbers, so what a block gets may be a part of a
+tile, or parts of two and whole ones between. Parts go to PARTS, a slot for a block's first segment
+and one for its last; who finds that all parts of a tile are there adds them, in the order of k.
+Nothing but who that is depends on which block is done first: equal calls give equal bits.
 
 Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
     WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
     TILE_K: values of k in a tile of the packed layout, UNIT_K: those that are decoded at a time.
     GROUP: values of k that share a scale, a power of two; 0: one scale for a row.
-    MINUS, SCALED, ADDED: which extras the decoder takes.
+    MINUS, SCALED, ADDED: which extras the decoder takes, EXTRAS: how many by way of the ring.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -279,18 +280,30 @@ def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.cons
 
 
 @gluon.jit
+def of_stage(x, STAGE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
+    """What a stage of a run takes of load_extras."""
+    x = x.permute([1, 2, 3, 0])
+    x = x.reshape(x.shape[:3] + [P.RUN_GROUPS // P.STAGE_GROUPS, P.STAGE_GROUPS])
+    x = take(x.permute([0, 1, 2, 4, 3]), STAGE * P.RUN_GROUPS // (P.RUN * P.STAGE_GROUPS))
+    return gl.convert_layout(x.permute([3, 0, 1, 2]), L, assert_trivial=True)
+
+
+@gluon.jit
 def prepare(
     SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
     P: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring with what decoders take besides words, where groups of k have their own.
 
-    Warps of their own do it, well ahead: consumers that load scales have to wait for them at each
-    fence.
+    Warps of their own do it, well ahead: consumers that load scales would wait for them at each
+    fence. A row's scales of RUN stages are read at once, a run ahead: they lie beside each other,
+    and 32 bytes come from the L2 for any of them.
     """
-    GROUPS: gl.constexpr = P.STAGE_GROUPS
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
-    L: gl.constexpr = preparing_layout(GROUPS, BANDS)
+    GROUPS: gl.constexpr = P.RUN_GROUPS
+    RUN: gl.constexpr = P.RUN
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
     alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 1
@@ -298,28 +311,38 @@ def prepare(
         tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
-        first = start * P.BODY_K // P.GROUP
-        scale, zero = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, L)
-        for stage in range(start * P.UNROLL, end * P.UNROLL):
-            minus, factor, addend = decoder_extras(scale, zero, a_smem.dtype, P, L)
-            first = (stage + 1) * P.STAGE_K // P.GROUP
-            scale, zero = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, L)
+        begin = start * P.UNROLL
+        stop = end * P.UNROLL
+        first = begin // RUN * (RUN * P.STAGE_K) // P.GROUP
+        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR)
+        for run in range(begin // RUN, (stop + RUN - 1) // RUN):
+            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
+            next_scales, next_zeros = load_extras(
+                SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
+            )  # fmt: skip
             keep_loads_here()
-            mbarrier.wait(empty.index(buffer), phase)
-            slot = buffer * P.EXTRAS
-            if P.MINUS:
-                e_smem.index(slot).store(minus)
-                slot += 1
-            if P.SCALED:
-                e_smem.index(slot).store(factor)
-                slot += 1
-            if P.ADDED:
-                e_smem.index(slot).store(addend)
-            mbarrier.arrive(ready.index(buffer))
-            buffer += 1
-            if buffer == P.STAGES:
-                buffer = 0
-                phase ^= 1
+            for i in gl.static_range(RUN):
+                if (run * RUN + i >= begin) & (run * RUN + i < stop):
+                    minus, factor, addend = decoder_extras(
+                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), a_smem.dtype, P, L
+                    )  # fmt: skip
+                    mbarrier.wait(empty.index(buffer), phase)
+                    slot = buffer * P.EXTRAS
+                    if P.MINUS:
+                        e_smem.index(slot).store(minus)
+                        slot += 1
+                    if P.SCALED:
+                        e_smem.index(slot).store(factor)
+                        slot += 1
+                    if P.ADDED:
+                        e_smem.index(slot).store(addend)
+                    mbarrier.arrive(ready.index(buffer))
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
+                        phase ^= 1
+            scales = next_scales
+            zeros = next_zeros
 
 
 @gluon.jit
@@ -464,18 +487,82 @@ def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr)
 
 
 @gluon.jit
-def finish_segment(
-    OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, c_smem, acc, row, tile_m, slot, complete, M, N,
-    WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
+def fence():
+    """Orders this thread's accesses to memory, and those it knows of, for all threads of the GPU."""
+    gl.inline_asm_elementwise(
+        "fence.sc.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def part_slot(block, nth, shared, bodies):
+    """(slot of a block's part of the nth shared tile, whether it has one)."""
+    first, last = share_of(shared, bodies, block)
+    return 2 * block + gl.where(first // bodies == nth, 0, 1), first < last
+
+
+@gluon.jit
+def sum_parts(
+    PARTS, FLAGS, acc, nth, shared, bodies, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
 ):  # fmt: skip
-    """Stores a consumer's rows of a tile, or its part of their sum."""
+    """Leaves acc as this block's part of a shared tile: (sum of all parts, whether they are there).
+
+    A flag that is TAG says that its part is there; whoever adds the parts resets them. Flags are
+    written, then read, with a fence in between: of two that write at once, one sees both at least.
+    It may be that both do: then both store the same. Flags need no initial value but any other than
+    TAG, which memory that was something else holds by a chance of 2^-64 only.
+    """
     ROWS: gl.constexpr = 64 * P.BANDS
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
+    TAG: gl.constexpr = 0x2545F4914F6CDD1D
+    blocks = gl.num_programs(0)
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA)).expand_dims(1)
+    m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA)).expand_dims(0)
+    mine, _ = part_slot(gl.program_id(0), nth, shared, bodies)
+    part = (mine * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+    gl.store(PARTS + part + (n * P.BLOCK_M + m), acc)
+    thread_barrier()
+    fence()
+    gl.store(FLAGS + (mine * P.CONSUMERS + WHO), TAG)
+    fence()
+    # the blocks that have the tile's first and last body
+    units = shared * bodies
+    first = ((nth * bodies + 1) * blocks - 1) // units
+    last = ((nth * bodies + bodies) * blocks - 1) // units
+    # each flag is read by one thread, so that all threads come to the same conclusion
+    L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    block = first + gl.arange(0, 256, L)
+    slot, some = part_slot(block, nth, shared, bodies)
+    some = some & (block <= last)
+    where = FLAGS + (slot * P.CONSUMERS + WHO)
+    flag = gl.load(where, mask=some, other=TAG, volatile=True)
+    missing = gl.sum((flag != TAG).to(gl.int32), axis=0)
+    if missing == 0:
+        fence()
+        acc = gl.zeros([ROWS, P.BLOCK_M], gl.float32, MMA)
+        for b in range(first, last + 1):
+            slot_b, some_b = part_slot(b, nth, shared, bodies)
+            if some_b:
+                part = (slot_b * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+                acc += gl.load(PARTS + part + (n * P.BLOCK_M + m), cache_modifier=".cg")
+        gl.store(where, gl.zeros([256], gl.int64, L), mask=some)
+    return acc, missing == 0
+
+
+@gluon.jit
+def finish_segment(
+    OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m, nth, complete,
+    shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Stores a consumer's rows of a tile, or its part of their sum; nth: of the shared tiles."""
+    n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
     if SCALE is not None and not P.SCALED:
         scale = decode_scale(gl.load(SCALE + (row + n), mask=row + n < N, other=0), P.SCALE_KIND)
         acc = acc * (scale * P.UNIT).expand_dims(1)
     elif P.UNIT != 1:
         acc = acc * P.UNIT
+    if P.SHARED:
+        if not complete:
+            acc, complete = sum_parts(PARTS, FLAGS, acc, nth, shared, bodies, WHO, P, MMA)
     if complete:
         if GLOBAL_SCALE is not None:
             acc = acc * gl.load(GLOBAL_SCALE)
@@ -483,16 +570,12 @@ def finish_segment(
             bias = gl.load(BIAS + (row + n), mask=row + n < N, other=0).to(gl.float32)
             acc = acc + bias.expand_dims(1)
         store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P)
-    elif P.SHARED:
-        m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA)).expand_dims(0)
-        first = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-        gl.store(PARTS + first + (n.expand_dims(1) * P.BLOCK_M + m), acc)
 
 
 @gluon.jit
 def consume(
-    OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem, c_smem, ready,
-    empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
+    OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem, e_smem, c_smem,
+    ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P.BLOCK_M, 16]
@@ -512,7 +595,7 @@ def consume(
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA)
-        for body in range(start, end):
+        for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
                 if unit % P.STAGE_UNITS == 0:
@@ -554,11 +637,10 @@ def consume(
                         phase ^= 1
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
-        slot = 2 * gl.program_id(0) + gl.where(s > alone, 1, 0)
         complete = (start == 0) & (end == bodies)
         finish_segment(
-            OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, c_smem, acc, row, tile_m, slot,
-            complete, M, N, WHO, P, MMA,
+            OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m,
+            tile - whole, complete, tiles_n * tiles_m - whole, bodies, M, N, WHO, P, MMA,
         )  # fmt: skip
     if OUT_MAP is not None:
         tma.store_wait(0)
@@ -566,15 +648,15 @@ def consume(
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
 def batch_kernel(
-    A, W, OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, M, N, K, G, WHOLE, EARLY,
+    A, W, OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, M, N, K, G, WHOLE, EARLY,
     P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N]. Grid: any number of blocks, at most one on a multiprocessor.
 
     A: a TMA map of (M, K), [BLOCK_M, 64] at a time; W: of the words as (row tiles of the layout,
-    chunks along K * 4, 128). OUT_MAP: of OUT, where TMA can write it. WHOLE: tiles done by one block
-    each. EARLY: whether the weights may be read before the previous kernel in the stream is
-    complete. P: batch.Constants.
+    chunks along K * 4, 128). OUT_MAP: of OUT, where TMA can write it. WHOLE: tiles that are done by
+    one block each. EARLY: whether the weights may be read before the previous kernel in the stream
+    is complete. P: batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 64], A.layout)
@@ -612,12 +694,12 @@ def batch_kernel(
     if P.CONSUMERS == 2 and P.EXTRAS > 0:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
@@ -630,12 +712,12 @@ def batch_kernel(
     elif P.CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
@@ -644,20 +726,20 @@ def batch_kernel(
     elif P.EXTRAS > 0:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
@@ -670,71 +752,22 @@ def batch_kernel(
     else:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, a_smem, w_smem, e_smem,
-                c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
             )),
         ], [4, 4, 4, 1], [R, R, R, L])  # fmt: skip
-
-
-# --- the sum of parts ------------------------------------------------------------------------
-
-
-@gluon.jit(do_not_specialize=["M", "N", "WHOLE", "TILES_N", "TILES_M", "BODIES", "BLOCKS"])
-def sum_parts_kernel(
-    PARTS, OUT, BIAS, GLOBAL_SCALE, M, N, WHOLE, TILES_N, TILES_M, BODIES, BLOCKS,
-    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, PIECE: gl.constexpr, MOST: gl.constexpr,
-    SWEEP: gl.constexpr,
-):  # fmt: skip
-    """OUT of the shared tiles that are in parts, at most MOST. Grid: (tiles, ROWS / PIECE)."""
-    let_next_kernel_start()
-    shared = TILES_N * TILES_M - WHOLE
-    units = shared * BODIES
-    nth = gl.program_id(0)
-    # the blocks that have the tile's first and last body
-    block = ((nth * BODIES + 1) * BLOCKS - 1) // units
-    last = ((nth * BODIES + BODIES) * BLOCKS - 1) // units
-    wait_for_previous_kernel()
-    if block != last:
-        IN: gl.constexpr = gl.BlockedLayout(
-            [1, 4], [128 // BLOCK_M if BLOCK_M < 128 else 1, min(32, BLOCK_M // 4)], [4, 1], [1, 0]
-        )  # fmt: skip
-        TO: gl.constexpr = gl.BlockedLayout(
-            [2, 1], [min(32, PIECE // 2), 32 // min(32, PIECE // 2)], [1, 4], [0, 1]
-        )  # fmt: skip
-        n = gl.program_id(1) * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, IN)).expand_dims(1)
-        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, IN)).expand_dims(0)
-        total = gl.zeros([PIECE, BLOCK_M], gl.float32, IN)
-        for i in gl.static_range(MOST):
-            b = block + i
-            start = units * b // BLOCKS
-            some = (b <= last) & (start < units * (b + 1) // BLOCKS)
-            slot = 2 * b + gl.where(start // BODIES == nth, 0, 1)
-            mask = some & gl.full([PIECE, BLOCK_M], 1, gl.int1, IN)
-            first = slot.to(gl.int64) * (ROWS * BLOCK_M)
-            total += gl.load(PARTS + first + (n * BLOCK_M + m), mask=mask, other=0.0)
-        if GLOBAL_SCALE is not None:
-            total = total * gl.load(GLOBAL_SCALE)
-        total = gl.convert_layout(total, TO)
-        tile_n, tile_m = place(WHOLE + nth, TILES_N, TILES_M, SWEEP)
-        n = gl.arange(0, PIECE, gl.SliceLayout(1, TO)).expand_dims(1)
-        n = tile_n * ROWS + gl.program_id(1) * PIECE + n
-        if BIAS is not None:
-            total = total + gl.load(BIAS + n, mask=n < N, other=0).to(gl.float32)
-        m = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, TO)).expand_dims(0)
-        pointer = OUT + (m.to(gl.int64) * N + n)
-        gl.store(pointer, total.to(OUT.dtype.element_ty), mask=(m < M) & (n < N))
