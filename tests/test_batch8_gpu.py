@@ -65,17 +65,18 @@ def drawn_config(rng: random.Random, a: str, w: str, zeros: str | None):
         a, w, zeros, N=rng.choice((1, 17, 64, 200, 1003)), K=k, group_size=group,
         with_scaling=scaled, with_bias=rng.random() < 0.5, out_dtype=rng.choice(outs),
     )  # fmt: skip
-    assert batch8.serves(config, 1, 90)
+    # integers without any factor are exact, which groups of them in float32 are not
+    if config.num_groups > 1 and not scaled and not config.torch_out_dtype.is_floating_point:
+        config = replace(config, out_dtype="float32")
+    assert batch8.serves(config, 17, 90)
     return config
 
 
 def drawn_tile(rng: random.Random, config) -> Tile:
     """Any tile of the planned shapes, with any number of stages and blocks."""
     tile = rng.choice(batch8.candidates(config, rng.choice((1, 30, 60, 100, 4000))))
-    floats = config.torch_out_dtype.is_floating_point
     return replace(
-        tile, stages=rng.randint(2, tile.stages), blocks=rng.choice((1, 3, 11, 70, 264)),
-        share=floats and rng.random() < 0.6,
+        tile, stages=rng.randint(2, tile.stages), blocks=rng.choice((1, 3, 11, 70, 264))
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def test_any_product_in_any_tile(a, w, zeros, seed):
 def test_planned_tiles(a, w, zeros, seed):
     rng = random.Random(seed)
     config = drawn_config(rng, a, w, zeros)
-    m = rng.choice((1, 16, 17, 50, 128, 200, 513))
+    m = rng.choice((1, 16, 17, 50, 128, 200, 513) if config.bits < 8 else (17, 64, 300))
     product = Product8(draw(config, m, seed, "cuda", with_input_scale=True))
     matmul = bitblas.Matmul(config)
     W, extras = matmul.transform_weight(logical_weight(product.problem)), product.problem.extras()

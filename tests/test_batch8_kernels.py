@@ -78,11 +78,22 @@ LEFT = [
     ("int4", dict(K=4104)),
     ("int8", dict(K=1 << 17)),
 ]
+EXACT = dict(N=4096, K=4096, group_size=128, with_scaling=False, out_dtype="int32")
 
 
 @pytest.mark.parametrize(("w", "fields"), LEFT, ids=str)
 def test_what_is_left_to_others(w, fields):
     assert not batch8.serves(make_config(w, **fields), 64, 90)
+
+
+def test_exact_integers_of_groups_are_left_to_others():
+    assert not batch8.serves(compat.make_config("int8", "uint4", "quantized", **EXACT), 64, 90)
+    assert batch8.serves(compat.make_config("int8", "uint4", "original", **EXACT), 64, 90)
+
+
+def test_few_rows_of_8_bit_weights_are_left_to_others():
+    assert [batch8.serves(make_config("int8"), m, 90) for m in (1, 16, 17)] == [False, False, True]
+    assert batch8.serves(make_config("int4"), 1, 90)
 
 
 def test_only_hopper_is_served():

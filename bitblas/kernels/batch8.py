@@ -7,20 +7,20 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from triton.language import constexpr
 
 from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import WeightFormat
 from ..layouts import FRAGMENT_8, Fragment
-from . import batch
-from .decode import GPU, SHARED_BYTES
+from .batch import SWEEP
+from .decode import GPU, MAX_ROWS, SHARED_BYTES
 from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
+from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
 
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
@@ -28,15 +28,32 @@ _MOST_GROUP = 8192
 
 
 @dataclass(frozen=True)
-class Tile(batch.Tile):
-    """As the batch family's; stage_k is a multiple of 128."""
+class Tile:
+    """How a product is cut up; batch_kernels explains the terms. stage_k is a multiple of 128."""
 
+    block_m: int
+    bands: int
+    consumers: int
+    stage_k: int
+    stages: int
+    unroll: int
+    blocks: int
     kernel: str = "batch8"
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.bands * self.consumers
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
     """Whether this family computes the product of m rows on compute capability arch (90: 9.0)."""
-    return arch // 10 == 9 and _serves(config)
+    # H200, 8192 x 8192, m = 1: 20 us by the portable gemv, which reads 8-bit weights as fast
+    return arch // 10 == 9 and (m > MAX_ROWS or config.bits < 8) and _serves(config)
 
 
 @lru_cache(maxsize=4096)
@@ -48,6 +65,8 @@ def _serves(config: MatmulConfig) -> bool:
     if config.K % 16 or config.K >= _MOST_K:  # rows of A start on 16 bytes, for TMA
         return False
     if config.A_dtype == "e4m3_float8" and config.with_zeros:
+        return False
+    if _exact(config) and _group(config):
         return False
     group = _group(config)
     least = max(128, FRAGMENT_8.block_k(config.bits))
@@ -166,6 +185,12 @@ def _decoder(config: MatmulConfig) -> ByteDecoder | None:
     return float_decoder(config.format) if config.A_dtype == "e4m3_float8" else None
 
 
+def _exact(config: MatmulConfig) -> bool:
+    """Whether results are integers without any factor, which float32 cannot hold."""
+    integers = not config.torch_out_dtype.is_floating_point and not config.with_scaling
+    return integers and (not config.with_zeros or config.zeros_mode == "quantized")
+
+
 def _needs_sums(config: MatmulConfig) -> bool:
     """Whether sums of A's rows take part."""
     decoder = _decoder(config)
@@ -185,7 +210,11 @@ def stands_for(measured: int, m: int) -> bool:
 
 
 def _bucket(m: int) -> int:
-    return 16 if m <= 16 else batch._bucket(m)
+    """m's that share their tiles: up to 256, powers of two; above, within a quarter."""
+    if m <= 256:
+        return max(16, 1 << (m - 1).bit_length())
+    step = 1 << ((m - 1).bit_length() - 3)
+    return -(-m // step) * step
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
@@ -207,20 +236,22 @@ _SHAPES = {
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
     for shape in _SHAPES[min(m, 256)]:
-        if not _fits_registers(config, shape[0], shape[1]):
-            continue
-        for each in (1, 2) if shape[2] == 1 else (1,):
-            tile = _fitting(config, gpu, each, *shape)
-            if tile is not None:
-                tiles.append(replace(tile, share=False))
-                if config.torch_out_dtype.is_floating_point:  # parts are added up in float32
-                    tiles.append(tile)
-    return tuple(sorted(dict.fromkeys(tiles), key=lambda x: microseconds(config, m, x, gpu)))
+        if _fits_registers(config, shape[0], shape[1]):
+            # two small blocks can share a multiprocessor
+            for each in (1, 2) if shape[2] == 1 else (1,):
+                tiles.append(_fitting(config, gpu, each, *shape))
+    found = dict.fromkeys(tile for tile in tiles if tile is not None)
+    return tuple(sorted(found, key=lambda tile: microseconds(config, m, tile, gpu)))
+
+
+def _promoted(config: MatmulConfig) -> bool:
+    """Whether the sums of a body are added to those before in float32."""
+    return _group(config) != 0 or config.A_dtype != "int8"
 
 
 def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
-    """Sums over groups take as many registers again, those of A's rows a few for each column."""
-    if _group(config) or config.A_dtype != "int8":
+    """Promoted sums take as many registers again, those of A's rows a few for each column."""
+    if _promoted(config):
         return bands * block_m <= 128 and block_m <= (64 if _needs_sums(config) else 128)
     return block_m <= (128 if _needs_sums(config) else 256)
 
@@ -231,41 +262,45 @@ def _fitting(
 ) -> Tile | None:  # fmt: skip
     """The tile with as many stages as shared memory allows; None where those are too few.
 
-    each: blocks that share a multiprocessor.
+    each: blocks on a multiprocessor.
     """
-    group = _group(config)
-    if group:
-        stage_k, unroll = min(stage_k * unroll, group), 1
+    most = _group(config)
+    if config.A_dtype != "int8":  # short sums, for the matrix units round them
+        most = 128
+    if most:
+        stage_k, unroll = min(stage_k * unroll, most), 1
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
+    blocks = each * gpu.multiprocessors
     for stages in range(16, 1, -1):
-        blocks = each * gpu.multiprocessors
         tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks)
         if shared_bytes(config, tile) <= SHARED_BYTES // each - (each - 1) * 1024:
             return tile
     return None
 
 
+def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """How many tiles a product is cut into."""
+    return -(-config.N // tile.rows) * -(-m // tile.block_m)
+
+
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     """What a product should take, from counts of matrix instructions and bytes.
 
-    H200, N = K = 8192: a multiprocessor takes in 48 bytes a cycle, and sustains 0.87 of its peak.
+    Measured on an H200, N = K = 8192: a multiprocessor takes in 48 bytes a cycle (m = 64, int2 to
+    int8), and its matrix units sustain 0.93 of their peak (m = 4096).
     """
-    tiles_n, tiles_m = batch.tiles_of(config, m, tile)
-    blocks, bodies = batch._blocks(config, m, tile), batch._bodies(config, tile)
-    shared = batch.shared_tiles(config, m, tile)
-    steps = -(-(tiles_n * tiles_m - shared) // blocks) * bodies + -(-shared * bodies // blocks)
+    tiles = tiles_of(config, m, tile)
+    blocks = min(tile.blocks, tiles)
+    bodies = -(-tiles // blocks) * -(-config.K // tile.body_k)
     weights = tile.rows * tile.body_k
-    traffic = tile.body_k * tile.block_m + weights * config.bits / 8
-    cycles = weights * tile.block_m / 4096 / 0.87
-    if _group(config) or config.A_dtype != "int8":
-        cycles += tile.rows * tile.block_m * 0.04
-    # blocks that share a multiprocessor take turns
-    turns = -(-blocks // gpu.multiprocessors)
-    cycles = turns * (max(cycles, traffic / 48) + 0.02 * traffic / 48)
+    traffic = (tile.body_k * min(tile.block_m, m) + weights * config.bits / 8) / 48
+    cycles = weights * tile.block_m / 4096 / 0.93
+    if _promoted(config):
+        cycles += tile.rows * tile.block_m * (0.02 if config.A_dtype == "int8" else 0.01)
+    # of two that multiply as fast, the one that reads less; blocks on one multiprocessor take turns
+    cycles = (max(cycles, traffic) + 0.02 * traffic) * -(-blocks // gpu.multiprocessors)
     read = (config.N * config.K * config.bits / 8 + m * config.K) / gpu.bytes_per_us
-    parts = batch.parts(shared, bodies, blocks) if shared else 1
-    summed = 3.0 + 2 * shared * parts * tile.rows * tile.block_m * 4 / 2.5e6 if parts > 1 else 0.0
-    return 3.0 + max(steps * cycles / gpu.cycles_per_us, read) + summed
+    return 3.0 + max(bodies * cycles / gpu.cycles_per_us, read)
 
 
 def launches(
@@ -285,50 +320,34 @@ def launches(
     Operands as for bitblas.kernels.gpu.matmul; A starts on 16 bytes.
     """
     from . import batch8_kernels
-    from .versions import TensorDescriptor, gl
 
     m = A.shape[0]
     tile = tile or candidates(config, m)[0]
-    tiles_n, tiles_m = batch.tiles_of(config, m, tile)
-    blocks, bodies = batch._blocks(config, m, tile), batch._bodies(config, tile)
-    shared = batch.shared_tiles(config, m, tile)
-    most = batch.parts(shared, bodies, blocks) if shared else 1
-    partial = Workspace((2 * blocks, tile.rows, tile.block_m), torch.float32) if most > 1 else None
     group = _group(config)
     sums = Workspace((config.num_groups if group else 1, m), torch.int32)
-    steps = []
     pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
-    if _needs_sums(config):
-        steps.append(_row_sums(config, A, sums, group, pdl))
-    swizzled = gl.NVMMASharedLayout.get_default_for([tile.block_m, 128], gl.int8)
+    steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
     arguments = {
-        "A": TensorDescriptor.from_tensor(A, [tile.block_m, 128], swizzled),
-        "W": batch._words(config, W, tile),
+        "A": tma_map(A, [tile.block_m, 128]),
+        "W": words_map(W, tile.bands * tile.consumers),
         "OUT": out,
-        "OUT_MAP": batch._results(out, tile),
+        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
         "SCALE": scale,
         "ZEROS": zeros,
         "INPUT_SCALE": input_scale,
         "BIAS": bias,
         "SUMS": sums if steps else None,
-        "PARTS": partial,
         "M": m,
         "N": config.N,
         "K": config.K,
         "G": config.num_groups,
-        "WHOLE": tiles_n * tiles_m - shared,
         "EARLY": Settled(),
     }
-    exact = not (out.dtype.is_floating_point or config.with_scaling) and (
-        zeros is None or config.zeros_mode == "quantized"
-    )
-    constants = {"P": _constants(config, tile, partial is not None, exact and not group)}
+    constants = {"P": _constants(config, tile)}
     # registers of a thread before warps are told apart: a block's threads share all of them
     options = {**pdl, "maxnreg": {1: 128, 2: 168}[tile.consumers]}
-    function = batch8_kernels.batch8_kernel
-    steps.append(Launch(function, (blocks,), arguments, constants, 4, 1, options))
-    if partial is not None:
-        steps.append(batch.sum_step(config, m, tile, partial, out, bias, None))
+    grid = (min(tile.blocks, tiles_of(config, m, tile)),)
+    steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
     return steps
 
 
@@ -345,8 +364,8 @@ def _row_sums(
 
 
 @dataclass(frozen=True)
-class Constants:
-    """What the compiler knows of a product, as batch.Constants; batch8_kernels explains them."""
+class Constants(ConstantsBase):
+    """What the compiler knows of a product; batch8_kernels and batch_kernels explain the terms."""
 
     BITS: int
     WIDTH: int
@@ -368,25 +387,19 @@ class Constants:
     STAGE_K: int
     UNROLL: int
     SWEEP: int
-    SHARED: bool
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, constexpr(getattr(self, field.name)))
-
-    BODY_K = batch._known(lambda c: c.STAGE_K * c.UNROLL)
-    STEPS = batch._known(lambda c: c.STAGE_K // 128)
-    STAGE_HALVES = batch._known(lambda c: c.STAGE_K // 64)
-    BODY_HALVES = batch._known(lambda c: c.STAGE_K * c.UNROLL // 64)
-    DECODED = batch._known(lambda c: max(1, 4 // c.WIDTH))
-    STAGE_CHUNKS = batch._known(lambda c: c.STAGE_K * c.WIDTH // 256)
+    BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
+    STEPS = known(lambda c: c.STAGE_K // 128)
+    STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
+    BODY_HALVES = known(lambda c: c.STAGE_K * c.UNROLL // 64)
+    DECODED = known(lambda c: max(1, 4 // c.WIDTH))
+    STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
 
 
 @lru_cache(maxsize=4096)
-def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, exact: bool) -> Constants:
+def _constants(config: MatmulConfig, tile: Tile) -> Constants:
     decoder = _decoder(config)
     assert decoder is not None  # _serves has seen to it
-    float_a = config.A_dtype != "int8"
     return Constants(
         BITS=config.bits,
         WIDTH=config.bits,
@@ -398,15 +411,14 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, exact: bool) ->
         SCALED=config.with_scaling,
         ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
         GROUP=_group(config),
-        FLOAT=float_a,
-        PROMOTED=float_a or _group(config) != 0,
-        EXACT=exact,
+        FLOAT=config.A_dtype != "int8",
+        PROMOTED=_promoted(config),
+        EXACT=_exact(config),
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
         STAGES=tile.stages,
         STAGE_K=tile.stage_k,
         UNROLL=tile.unroll,
-        SWEEP=batch.SWEEP,
-        SHARED=in_parts,
+        SWEEP=SWEEP,
     )

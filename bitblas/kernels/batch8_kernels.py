@@ -32,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .batch_kernels import place, produce, read_words, segment, segments, store_results
+from .batch_kernels import place, produce, read_words, store_results
 from .device import (
     decode_scale,
     keep_loads_here,
@@ -109,7 +109,8 @@ def with_factors(
     SUMS, acc, scale, zero, tile_m, group, once, M, P: gl.constexpr, MMA: gl.constexpr
 ):  # fmt: skip
     """Sums of products with the scale and zero points of their group applied, in float32. once:
-    whether they are those that take the sums of A, which are of a whole group, with them."""
+    whether they are those that take the sums of A, which are of a whole group, with them (None:
+    they are)."""
     factor = zero.to(gl.float32) * 0 + P.UNIT
     base = zero.to(gl.float32) - P.SHIFT
     if P.SCALED:
@@ -122,7 +123,8 @@ def with_factors(
     result = acc.to(gl.float32) * factor.expand_dims(1)
     if SUMS is not None:
         sums = load_sums(SUMS, tile_m, group, M, P, MMA)
-        base = gl.where(once, base, 0.0)
+        if once is not None:
+            base = gl.where(once, base, 0.0)
         result = result - base.expand_dims(1) * sums.to(gl.float32)
     return result
 
@@ -153,31 +155,9 @@ def with_bias(BIAS, result, n, N, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def finish_segment(
-    OUT, OUT_MAP, INPUT_SCALE, BIAS, PARTS, c_smem, result, row, tile_m, slot, complete, M, N,
-    WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """Stores a consumer's rows of a tile, or its part of their sum."""
-    ROWS: gl.constexpr = 64 * P.BANDS
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
-    m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA))
-    if INPUT_SCALE is not None:
-        token = tile_m * P.BLOCK_M + m
-        factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
-        result = result * factor.expand_dims(0)
-    if complete:
-        final = with_bias(BIAS, result, row + n, N, OUT.dtype.element_ty)
-        store_results(OUT, OUT_MAP, c_smem, final, row, tile_m, M, N, P)
-    elif P.SHARED:
-        first = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-        where = n.expand_dims(1) * P.BLOCK_M + m.expand_dims(0)
-        gl.store(PARTS + first + where, result)
-
-
-@gluon.jit
 def consume(
-    OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem, c_smem, ready,
-    empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
+    OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, c_smem, ready, empty,
+    M, N, G, tiles_n, tiles_m, bodies, WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     # Triton 3.6 knows no 256 columns of 8-bit elements
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
@@ -185,19 +165,17 @@ def consume(
     )  # fmt: skip
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     HALVES: gl.constexpr = P.BODY_HALVES
-    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 0
     if P.GROUP != 0 and SUMS is not None:
         wait_for_previous_kernel()
-    for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+    for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         n = row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
         acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32 if P.FLOAT else gl.int32, MMA)
         total = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA) if P.PROMOTED else acc
-        for body in range(start, end):
+        for body in range(bodies):
             if P.GROUP != 0:
                 group = body * P.BODY_K // P.GROUP
                 scale, zero = load_factors(SCALE, ZEROS, n, group, N, G, P)
@@ -259,27 +237,29 @@ def consume(
                     sums = load_sums(SUMS, tile_m, group, M, P, MMA)
                     result = result - (zero - P.SHIFT).expand_dims(1) * sums
             else:
-                once = start == 0
+                sums_of_products = total if P.PROMOTED else acc
                 result = with_factors(
-                    SUMS, total if P.PROMOTED else acc, scale, zero, tile_m, group, once, M, P, MMA
+                    SUMS, sums_of_products, scale, zero, tile_m, group, None, M, P, MMA
                 )
-        slot = 2 * gl.program_id(0) + gl.where(s > alone, 1, 0)
-        complete = (start == 0) & (end == bodies)
-        finish_segment(
-            OUT, OUT_MAP, INPUT_SCALE, BIAS, PARTS, c_smem, result, row, tile_m, slot, complete,
-            M, N, WHO, P, MMA,
-        )  # fmt: skip
+        if INPUT_SCALE is not None:
+            token = tile_m * P.BLOCK_M + gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA))
+            factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
+            result = result * factor.expand_dims(0)
+        result = with_bias(BIAS, result, n, N, OUT.dtype.element_ty)
+        store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
     if OUT_MAP is not None:
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "G", "EARLY"])
 def batch8_kernel(
-    A, W, OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, M, N, K, G, WHOLE, EARLY,
-    P: gl.constexpr,
+    A, W, OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, M, N, K, G, EARLY, P: gl.constexpr
 ):  # fmt: skip
-    """OUT[M, N], as batch_kernels.batch_kernel. A: a TMA map of (M, K), [BLOCK_M, 128] at a time;
-    INPUT_SCALE: of A's rows; SUMS: of row_sums. P: batch8.Constants."""
+    """OUT[M, N], as batch_kernels.batch_kernel, each tile by one block. Grid: any number of blocks.
+
+    A: a TMA map of (M, K), [BLOCK_M, 128] at a time. INPUT_SCALE: of A's rows. SUMS: what
+    row_sums_kernel gives, where it is needed. P: batch8.Constants.
+    """
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
     w_smem = gl.allocate_shared_memory(
@@ -306,25 +286,25 @@ def batch8_kernel(
     if P.CONSUMERS == 1:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem,
+                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, bodies, 0, P,
             )),
             (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles_n * tiles_m, bodies, P,
             )),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem,
+                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, PARTS, a_smem, w_smem,
-                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem,
+                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, bodies, 1, P,
             )),
             (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles_n * tiles_m, bodies, P,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
 

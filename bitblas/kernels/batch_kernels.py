@@ -475,7 +475,7 @@ def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr)
         tma_store(OUT_MAP, [tile_m * P.BLOCK_M, row], c_smem)
     else:
         thread_barrier()
-        PIECE: gl.constexpr = 32
+        PIECE: gl.constexpr = min(32, P.BLOCK_M)
         L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         m = gl.arange(0, PIECE, gl.SliceLayout(1, L)).expand_dims(1)
         n = (row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(0, L))).expand_dims(0)
