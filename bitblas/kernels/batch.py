@@ -396,6 +396,10 @@ class Constants:
     RUN = _known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = _known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = _known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
+    # parts whose loads are under way together: as many as registers take
+    PARTS_AT_ONCE = _known(
+        lambda c: max(1, min(4, 2 * (c.REGISTERS - 64) // (c.BANDS * c.BLOCK_M) - 1))
+    )
     EXTRAS = _known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
