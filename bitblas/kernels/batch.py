@@ -363,6 +363,10 @@ class Constants(ConstantsBase):
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
+    # parts whose loads are under way together: as many as registers take
+    PARTS_AT_ONCE = known(
+        lambda c: max(1, min(4, 2 * (c.REGISTERS - 64) // (c.BANDS * c.BLOCK_M) - 1))
+    )
     EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 

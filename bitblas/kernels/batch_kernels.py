@@ -487,11 +487,17 @@ def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr)
 
 
 @gluon.jit
-def fence():
-    """Orders this thread's accesses to memory, and those it knows of, for all threads of the GPU."""
-    gl.inline_asm_elementwise(
-        "fence.sc.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
+def fence(KIND: gl.constexpr):
+    """acq_rel: what this thread did and knows of comes before what it does next, to all threads of
+    the GPU. sc: and all such fences have one order."""
+    if KIND == "sc":
+        gl.inline_asm_elementwise(
+            "fence.sc.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+    else:
+        gl.inline_asm_elementwise(
+            "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -521,9 +527,9 @@ def sum_parts(
     part = (mine * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
     gl.store(PARTS + part + (n * P.BLOCK_M + m), acc)
     thread_barrier()
-    fence()
+    fence("acq_rel")
     gl.store(FLAGS + (mine * P.CONSUMERS + WHO), TAG)
-    fence()
+    fence("sc")
     # the blocks that have the tile's first and last body
     units = shared * bodies
     first = ((nth * bodies + 1) * blocks - 1) // units
@@ -531,19 +537,30 @@ def sum_parts(
     # each flag is read by one thread, so that all threads come to the same conclusion
     L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     block = first + gl.arange(0, 256, L)
-    slot, some = part_slot(block, nth, shared, bodies)
+    slots, some = part_slot(block, nth, shared, bodies)
     some = some & (block <= last)
-    where = FLAGS + (slot * P.CONSUMERS + WHO)
+    where = FLAGS + (slots * P.CONSUMERS + WHO)
     flag = gl.load(where, mask=some, other=TAG, volatile=True)
     missing = gl.sum((flag != TAG).to(gl.int32), axis=0)
     if missing == 0:
-        fence()
-        acc = gl.zeros([ROWS, P.BLOCK_M], gl.float32, MMA)
-        for b in range(first, last + 1):
-            slot_b, some_b = part_slot(b, nth, shared, bodies)
-            if some_b:
-                part = (slot_b * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-                acc += gl.load(PARTS + part + (n * P.BLOCK_M + m), cache_modifier=".cg")
+        fence("acq_rel")
+        all_of_it = gl.full([ROWS, P.BLOCK_M], 1, gl.int1, MMA)
+        if last == first + 1:  # the sum of two, which has no order
+            other, _ = part_slot(first + last - gl.program_id(0), nth, shared, bodies)
+            part = (other * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+            acc += gl.load(PARTS + part + (n * P.BLOCK_M + m), cache_modifier=".cg")
+        else:
+            AT_ONCE: gl.constexpr = P.PARTS_AT_ONCE
+            acc = gl.zeros([ROWS, P.BLOCK_M], gl.float32, MMA)
+            for b in range(first, last + 1, AT_ONCE):
+                for i in gl.static_range(AT_ONCE):
+                    slot, some_b = part_slot(b + i, nth, shared, bodies)
+                    part = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+                    acc += gl.load(
+                        PARTS + part + (n * P.BLOCK_M + m),
+                        mask=all_of_it & some_b & (b + i <= last), other=0.0,
+                        cache_modifier=".cg",
+                    )  # fmt: skip
         gl.store(where, gl.zeros([256], gl.int64, L), mask=some)
     return acc, missing == 0
 
