@@ -1,4 +1,4 @@
-"""Launcher of the batch8 family: int8 activations, Hopper; see batch8_kernels.
+"""Launcher of the batch8 family: 8-bit activations, Hopper; see batch8_kernels.
 
 `serves` says whether the family computes a product, `candidates` lists the tiles worth measuring,
 the one that `microseconds` predicts to be the fastest first, `launches` says what to start.

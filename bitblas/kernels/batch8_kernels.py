@@ -1,4 +1,4 @@
-"""Device code of the batch8 family: the batch family's scheme for int8 A, on Hopper.
+"""Device code of the batch8 family: the batch family's scheme for 8-bit A, on Hopper.
 
 What differs from batch_kernels: weights are decoded to bytes, four of them by one or two logic
 instructions, and wgmma sums their products with int8 A in int32, exactly. A byte holds its weight
@@ -111,7 +111,7 @@ def with_factors(
     """Sums of products with the scale and zero points of their group applied, in float32. once:
     whether they are those that take the sums of A, which are of a whole group, with them (None:
     they are)."""
-    factor = zero.to(gl.float32) * 0 + P.UNIT
+    factor = scale.to(gl.float32) + P.UNIT  # of 0: there is no scale
     base = zero.to(gl.float32) - P.SHIFT
     if P.SCALED:
         real = decode_scale(scale, "float")
