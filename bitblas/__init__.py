@@ -8,6 +8,7 @@ from .linear import Linear
 from .log import set_log_level
 from .matmul import Matmul, MatmulWithSplitK
 from .precompile import warmup
+from .quantization import quantize_activation
 from .utils import auto_detect_nvidia_target
 from .version import __version__
 
@@ -28,6 +29,7 @@ __all__ = [
     "module",
     "ops",
     "quantization",
+    "quantize_activation",
     "set_log_level",
     "testing",
     "utils",

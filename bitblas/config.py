@@ -28,6 +28,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 FLOAT_ACTIVATIONS = ("float16", "bfloat16", "float32")
 FP8_ACTIVATIONS = ("e4m3_float8", "e5m2_float8")
 INTEGER_ACTIVATIONS = ("int8", "int4")
+# what float activations are quantised to, and the greatest value of each
+QUANTIZED_ACTIVATIONS = {"int8": 127.0, "e4m3_float8": 448.0}
+# rows whose greatest magnitude is less are scaled as if it were this: scales and their reciprocals
+# stay normal float32 numbers
+LEAST_MAGNITUDE = 2.0**-100
 A_DTYPES = FLOAT_ACTIVATIONS + INTEGER_ACTIVATIONS + FP8_ACTIVATIONS
 OUT_DTYPES = (*FLOAT_ACTIVATIONS, "int32", "int8")
 ACCUM_DTYPES = (*FLOAT_ACTIVATIONS, "int32")

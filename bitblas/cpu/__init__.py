@@ -11,10 +11,11 @@ from ..config import MatmulConfig
 from . import threads
 from .ir import Field
 from .plan import FUSED_ROWS, M_BLOCK, PANEL_BLOCKS, PARALLEL_PRODUCTS, Plan, plan_for
+from .quantize import quantize_activation
 from .slow import dequantize_slow, matmul_slow, unpack_int4
 from .target import Target
 
-__all__ = ["dequantize", "matmul"]
+__all__ = ["dequantize", "matmul", "quantize_activation"]
 
 
 def matmul(

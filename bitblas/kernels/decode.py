@@ -6,7 +6,6 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,14 +16,12 @@ from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
 from .decoders import PairDecoder, pair_decoder
-from .launch import Launch, Settled, Workspace
+from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
 
 KERNELS = ("decode",)
 MAX_ROWS = 16
 SHARED_BYTES = 227 * 1024  # of a block, on Hopper
-# whether kernels start before the one ahead of them in the stream is complete
-PROGRAMMATIC_LAUNCH = os.environ.get("BITBLAS_PDL", "1") != "0"
 
 
 @dataclass(frozen=True)
@@ -262,7 +259,7 @@ def launches(
 ) -> list[Launch]:
     """What computes out (m, N) = A (m, K) times the packed weight, transposed.
 
-    Operands as for bitblas.kernels.portable.matmul.
+    Operands as for bitblas.kernels.gpu.matmul.
     """
     m = A.shape[0]
     tile = tile or candidates(config, m)[0]

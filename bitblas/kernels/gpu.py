@@ -1,7 +1,7 @@
 """The GPU backend: asks the plan for a kernel family and tile, and keeps what it prepared.
 
-`matmul` and `dequantize` take checked operands. `prepare` gives the call to repeat for operands of
-the same kind, past the checks and torch's dispatcher.
+`matmul`, `dequantize` and `quantize_activation` take checked operands. `prepare` gives the call to
+repeat for operands of the same kind, past the checks and torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 import torch
 
 from .. import cache, plan
-from ..config import MatmulConfig
+from ..config import TORCH_DTYPES, MatmulConfig
 from ..layouts import layout_of
 from ..operands import input_features
-from . import batch, portable
+from . import batch, portable, quantize
 from .compile import Source
 from .launch import Launch
-from .prepared import Prepared, execute
+from .prepared import Prepared, architecture, current_device, execute
 
 Operands = tuple[torch.Tensor | None, ...]  # A, W, scale, zeros, bias, input_scale, global_scale
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MOST_KEPT = 4096  # kinds of calls; each a few KB
 _prepared: dict[Any, Prepared] = {}
 _generation = cache.generation()
@@ -77,6 +78,64 @@ def dequantize(
         step = portable.dequantize_launch(config, fakes[0], fakes[-1], *fakes[1:-1])
         known = _keep(key, [step], W.device, fakes)
     known.run(addresses)
+
+
+def quantize_activation(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dtype: str) -> None:
+    """q (m, K) of `dtype` and scale (m,) of x (m, K); torch_ops says what they are."""
+    addresses = [x.data_ptr(), q.data_ptr(), scale.data_ptr()]
+    if reduce(or_, addresses) % 16:
+        execute([quantize.launch(x, q, scale, dtype, _architecture(x.device))], x.device)
+    else:
+        _quantizer(x, dtype).run(addresses)
+
+
+def _quantizer(x: torch.Tensor, dtype: str) -> Prepared:
+    """What quantises tensors like x (..., K), contiguous and 16-byte aligned."""
+    k = x.shape[-1]
+    m = x.numel() // k
+    key = ("quantize", dtype, x.dtype, m, k, x.device)
+    if (known := _kept(key)) is None:
+        fakes = (
+            _meta((m, k), x.dtype),
+            _meta((m, k), TORCH_DTYPES[dtype]),
+            _meta((m,), torch.float32),
+        )
+        step = quantize.launch(*fakes, dtype, _architecture(x.device))
+        known = _keep(key, [step], x.device, fakes)
+    return known
+
+
+class QuantizerCall:
+    """The quantiser for tensors of one kind: call(x) is (q, scale)."""
+
+    def __init__(self, x: torch.Tensor, dtype: str) -> None:
+        self._run = _quantizer(x, dtype).run
+        # empty_like takes a third of the time of torch.empty with a shape, a dtype and a device
+        self._q = x.new_empty(1, dtype=TORCH_DTYPES[dtype]).expand(x.shape)
+        self._scale = x.new_empty(1, dtype=torch.float32).expand(x.shape[:-1])
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """None where this is not how to do it."""
+        try:
+            address = x.data_ptr()
+        except RuntimeError:  # a tensor within vmap or the like, which has none
+            return None
+        if address & 15:
+            return None
+        q, scale = torch.empty_like(self._q), torch.empty_like(self._scale)
+        self._run([address, q.data_ptr(), scale.data_ptr()])
+        return q, scale
+
+
+def prepare_quantizer(x: torch.Tensor, dtype: str) -> QuantizerCall | None:
+    """The call for plain, checked tensors like x; None where they need conversion first."""
+    if not x.numel() or type(x) not in _PLAIN or not x.is_contiguous():
+        return None
+    return QuantizerCall(x, dtype)
+
+
+def _architecture(device: torch.device) -> int:
+    return architecture(current_device() if device.index is None else device.index)
 
 
 def _nothing() -> None:
@@ -137,20 +196,19 @@ def sources(
     Whether 8-bit activations come with an input_scale is not known, so both are there.
     """
 
-    def meta(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor | None:
-        return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
+    def optional(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor | None:
+        return None if dtype is None else _meta(shape, dtype)
 
-    A = meta((m, input_features(config)), config.torch_A_dtype)
-    W = meta(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8)
-    scale = meta((config.N, config.num_groups), dtypes[0])
-    zeros = meta(config.zeros_shape, dtypes[1])
-    bias = meta((config.N,), dtypes[2])
-    global_scale = meta((1,), torch.float32 if config.format.has_global_scale else None)
+    A = _meta((m, input_features(config)), config.torch_A_dtype)
+    W = _meta(portable.layout(config).shape(config.bits, config.N, config.K), torch.int8)
+    scale = optional((config.N, config.num_groups), dtypes[0])
+    zeros = optional(config.zeros_shape, dtypes[1])
+    bias = optional((config.N,), dtypes[2])
+    global_scale = _meta((1,), torch.float32) if config.format.has_global_scale else None
     input_scales: list[torch.Tensor | None] = [None]
     if config.torch_A_dtype.itemsize == 1:
-        input_scales.append(meta((m,), torch.float32))
-    out = meta((m, config.N), config.torch_out_dtype)
-    assert out is not None
+        input_scales.append(_meta((m,), torch.float32))
+    out = _meta((m, config.N), config.torch_out_dtype)
     return [
         Source(step)
         for input_scale in input_scales
@@ -158,6 +216,13 @@ def sources(
             config, (A, W, scale, zeros, bias, input_scale, global_scale), out, m, device
         )
     ]
+
+
+def quantizer_source(config: MatmulConfig, m: int, arch: int) -> Source:
+    """The kernel that quantises m rows of out_dtype to A_dtype, on compute capability arch."""
+    shape = (m, config.K)
+    x, q = _meta(shape, config.torch_out_dtype), _meta(shape, config.torch_A_dtype)
+    return Source(quantize.launch(x, q, _meta((m,), torch.float32), config.A_dtype, arch))
 
 
 def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
@@ -178,7 +243,11 @@ def _prepare(config: MatmulConfig, operands: Operands, m: int) -> Prepared:
 
 def _like(x: torch.Tensor | None) -> torch.Tensor | None:
     """A tensor of the same kind without memory, but with a storage that it is known by."""
-    return None if x is None else torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return None if x is None else _meta(x.shape, x.dtype)
+
+
+def _meta(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _kinds(operands: Operands) -> tuple[Any, ...]:
@@ -250,11 +319,6 @@ def prepare(config: MatmulConfig, operands: Operands) -> Call | None:
 
 def _all_plain(operands: Iterable[torch.Tensor | None]) -> bool:
     return all(
-        x is None
-        or (
-            type(x) in (torch.Tensor, torch.nn.Parameter)
-            and x.is_contiguous()
-            and not x.requires_grad
-        )
+        x is None or (type(x) in _PLAIN and x.is_contiguous() and not x.requires_grad)
         for x in operands
     )

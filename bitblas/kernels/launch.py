@@ -16,10 +16,14 @@ Workspace and Settled.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+# whether kernels start before the one ahead of them in the stream is complete (sm_90 and up)
+PROGRAMMATIC_LAUNCH = os.environ.get("BITBLAS_PDL", "1") != "0"
 
 
 @dataclass(frozen=True, eq=False)

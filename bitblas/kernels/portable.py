@@ -1,7 +1,6 @@
 """Launcher of the portable kernels: every weight format on every GPU from sm_80 up.
 
-`matmul` and `dequantize` run on the current stream of A's device, copy nothing to the host and can
-be captured in a CUDA graph. `candidates` lists the tiles worth measuring for a problem.
+`candidates` lists the tiles worth measuring for a product, `launches` says what to start.
 """
 
 from __future__ import annotations
@@ -44,28 +43,6 @@ def serves(config: MatmulConfig, m: int = 1, arch: int = 80) -> bool:
 def layout(config: MatmulConfig) -> Fragment:
     """The packed layout that the kernels read."""
     return FRAGMENTS[config.element_bits]
-
-
-def matmul(
-    config: MatmulConfig,
-    A: torch.Tensor,
-    W: torch.Tensor,
-    out: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    zeros: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    input_scale: torch.Tensor | None = None,
-    global_scale: torch.Tensor | None = None,
-    tile: Tile | None = None,
-) -> None:
-    """out (m, N) = A (m, K) times the packed weight, transposed, with the extras of the config.
-
-    A: contiguous, m >= 1 (int4: (m, K/2) int8, low nibble first). W: packed in layout(config).
-    scale, zeros: (N, G), packed zeros (G, ceil(N*b/8)) int8. bias: (N,). input_scale: (m,) float32.
-    global_scale: one float32. The caller has checked all of them.
-    """
-    steps = launches(config, A, W, out, scale, zeros, bias, input_scale, global_scale, tile)
-    execute(steps, A.device)
 
 
 def dequantize(
@@ -208,7 +185,10 @@ def launches(
     global_scale: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> list[Launch]:
-    """What `matmul` starts; apart from it so that kernels can be compiled without a GPU."""
+    """What computes out (m, N) = A (m, K) times the packed weight, transposed.
+
+    Operands as for bitblas.kernels.gpu.matmul, W packed in layout(config).
+    """
     m = A.shape[0]
     if tile is None:
         tile = _candidates(config, 1 << (m - 1).bit_length(), _roomy())[0]

@@ -1,5 +1,6 @@
-"""Quantisation helpers: rounding to nearest, packing, the interleaved order of BitBLAS 0.1."""
+"""Quantisation of weights and activations, packing, the interleaved order of BitBLAS 0.1."""
 
+from .activation import quantize_activation
 from .rounding import QuantizedWeight, quantize_weight
 from .utils import gen_quant4, general_compress, interleave_weight
 
@@ -8,5 +9,6 @@ __all__ = [
     "gen_quant4",
     "general_compress",
     "interleave_weight",
+    "quantize_activation",
     "quantize_weight",
 ]
