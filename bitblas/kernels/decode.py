@@ -108,11 +108,12 @@ def iterations(config: MatmulConfig, tile: Tile) -> int:
 
 
 def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Shared memory of a block: its slab of A and the partial sums of its warps."""
+    """Shared memory of a block: its slab of A, the partial sums of its warps, a decoder's table."""
     rows = rows_of_a(m)
     iteration = tile.depth * tile.warps * tile.unit_k
     slab = iterations(config, tile) * iteration
-    return 2 * slab * rows + 4 * tile.warps * rows * 16 * tile.bands
+    table = _decoder(config).table_bytes
+    return 2 * slab * rows + 4 * tile.warps * rows * 16 * tile.bands + table
 
 
 # (warps, bands, bands * depth, blocks on a multiprocessor), by rows of A that a block stages: those
@@ -291,12 +292,10 @@ def launches(
     options: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
     if tile.max_registers is not None:
         options["maxnreg"] = tile.max_registers
-    from . import decode_kernels
+    from .decode_kernels import decode_kernel
 
-    grid = (min(tile.blocks, tiles),)
-    return [
-        Launch(decode_kernels.decode_kernel, grid, arguments, constants, tile.warps, 1, options)
-    ]
+    grid, table = (min(tile.blocks, tiles),), _decoder(config).table_bytes
+    return [Launch(decode_kernel, grid, arguments, constants, tile.warps, 1, options, table)]
 
 
 @lru_cache(maxsize=4096)
@@ -321,6 +320,7 @@ def _constants(
         "TILE_K": FRAGMENT_16.block_k(config.bits),
         "ASM": decoder.asm,
         "CONSTRAINTS": decoder.constraints,
+        "FILL": decoder.fill(tile.warps),
         "UNIT": decoder.unit,
         "ONE": decoder.one,
         "SHIFT": decoder.shift,

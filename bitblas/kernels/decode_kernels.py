@@ -135,6 +135,18 @@ def keep_loads_here():
 
 
 @gluon.jit
+def lane_offset():
+    """4 * lane: a scalar to the compiler, which need not know that lanes differ.
+
+    What decoders read of their table depends on it, so nothing is read before it is written.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %laneid; shl.b32 $0, t, 2; }", "=r", [], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def take(x, INDEX: gl.constexpr):
     """x[..., INDEX] of a register dimension: splits cost no instruction."""
     COUNT: gl.constexpr = x.shape[len(x.shape) - 1]
@@ -511,8 +523,9 @@ def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
 
 @gluon.jit
 def multiply_unit(
-    main, extra, b, scales, zeros, ones, acc, part, sums,
-    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr,
+    main, extra, lane, b, scales, zeros, ones, acc, part, sums,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, LOOKUP: gl.constexpr,
+    WIDTH: gl.constexpr, EXTRA: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
     WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, WARP_K: gl.constexpr,
@@ -521,7 +534,7 @@ def multiply_unit(
     """acc, part and sums with the products of one unit added.
 
     part, sums: of the group that is not complete yet (without groups: of the row), acc: of the
-    groups before. main, extra: words as load_plane returns them; b: [WARPS, UNIT_K, columns];
+    groups before. main, extra: words as load_plane returns them; lane: lane_offset(); b: [WARPS, UNIT_K, columns];
     scales, zeros: [WARPS, rows, groups of an iteration]; ones: as ones_operand gives it. FIRST: the
     unit's first k in its iteration.
     """
@@ -560,6 +573,8 @@ def multiply_unit(
         if EXTRA != 0:
             both = gl.join(take(e, p), take(e, p))
             operands = [words, gl.convert_layout(both, words.type.layout, assert_trivial=True)]
+        if LOOKUP:
+            operands = [words, lane]
         if DTYPE == gl.float16:
             o = gl.inline_asm_elementwise(
                 ASM, CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // WIDTH), is_pure=True,
@@ -671,7 +686,7 @@ def decode_kernel(
     A, W, OUT, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS,
     M, N, K, G, EARLY,
     BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
-    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, FILL: gl.constexpr,
     UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
     SUMS: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
@@ -739,6 +754,9 @@ def decode_kernel(
         SCALE, ZEROS, first_tile, 0, N, G, True, BITS, SCALE_KIND, ZEROS_KIND, GROUP,
         GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
     )  # fmt: skip
+    LOOKUP: gl.constexpr = FILL != ""
+    if LOOKUP:
+        gl.inline_asm_elementwise(FILL, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     wait_for_previous_kernel()
 
     acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
@@ -749,6 +767,7 @@ def decode_kernel(
             A, a_smem, slab * SLAB_K, M, K, PIECES, UNITS // PIECES, ROWS_A, DEPTH, WARPS, UNIT_K,
             VECTOR, EXACT,
         )  # fmt: skip
+        lane = lane_offset() if LOOKUP else 0
         tile = first_tile
         while tile < tiles:
             if not ONE_TILE:
@@ -784,8 +803,8 @@ def decode_kernel(
                         units, first_unit + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
-                        ring[d][0], ring[d][1], b, scales, zeros, ones, acc, part, sums,
-                        ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                        ring[d][0], ring[d][1], lane, b, scales, zeros, ones, acc, part, sums,
+                        ASM, CONSTRAINTS, LOOKUP, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
                         ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K, COLUMNS, d * UNIT_K, MMA,
                     )  # fmt: skip
                     # a unit's registers are refilled as soon as it is decoded

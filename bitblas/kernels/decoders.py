@@ -18,6 +18,7 @@ of A over each group, which one more product per 16 k, with a row operand of `on
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,11 +31,17 @@ from ..layouts import planes
 
 @dataclass(frozen=True)
 class PairDecoder:
-    """asm: reads two words per plane, writes `registers` registers. See the module's docstring."""
+    """asm: reads two words per plane, writes `registers` registers. See the module's docstring.
+
+    instructions: that asm takes, register moves left out. fill: where asm looks codes up, it reads
+    as third and fourth input what `fill(threads)` returned, PTX that writes the table.
+    """
 
     asm: str
     constraints: str
     registers: int
+    instructions: int
+    entry: str = ""
     unit: tuple[float, float] = (1.0, 1.0)
     one: tuple[float, float] = (-1.0, -1.0)
     shift: tuple[float, float] = (0.0, 0.0)
@@ -42,12 +49,16 @@ class PairDecoder:
 
     @property
     def instructions_per_weight(self) -> float:
-        """Of a lane, register moves left out."""
-        lines = self.asm.strip("{} ").split(";")
-        count = sum(
-            1 for line in lines if line.strip() and line.split()[0][:4] not in ("mov.", ".reg")
-        )
-        return count / (2 * self.registers)
+        return self.instructions / (2 * self.registers)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of shared memory, behind all other, for the table that `asm` looks codes up in."""
+        return 256 * ROW_BYTES if self.entry else 0
+
+    def fill(self, warps: int) -> str:
+        """PTX by which the threads of a block write the table; "" where there is none."""
+        return _fill(self.entry, 32 * warps) if self.entry else ""
 
 
 @lru_cache(maxsize=256)
@@ -76,18 +87,68 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
         if decoder.special == "ieee" and decoder.exponent_bits != 5:
             return None
         unit = (2.0 ** (15 - decoder.bias),) * 2 if half else (1.0, 1.0)
-        return _assemble(_minifloat(decoder, fmt.bits, half), widths, unit=unit)
+        lines = _minifloat(decoder, fmt.bits, half)
+        return (_looked_up if fmt.bits == 4 else _assemble)(lines, widths, unit=unit)
     if isinstance(decoder, Table) and fmt.bits == 4:
-        return _assemble(_table(decoder, A_dtype), widths)
+        return _looked_up(_table(decoder, A_dtype), widths)
     return None
 
 
-def _assemble(lines: list[str], widths: tuple[int, ...], **corrections: Any) -> PairDecoder:
+def _assemble(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairDecoder:
     registers, words = 2 * 16 // widths[0], 2 * len(widths)
     asm = "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
+    each = [line.split()[0] for line in " ".join(lines).split(";") if line.strip()]
+    count = sum(not opcode.startswith(("mov.", ".reg")) for opcode in each)
     # outputs are written before the last input is read
     constraints = ",".join(["=&r"] * registers + ["r"] * words)
-    return PairDecoder(asm, constraints, registers, **corrections)
+    return PairDecoder(asm, constraints, registers, **{"instructions": count, **fields})
+
+
+# --- tables in shared memory ----------------------------------------------------------------------
+
+# A byte of two codes leads to a register of their two values. An entry lies 32 times in half of its
+# row, once in each bank, so that no two lanes meet in one; the other half is not used: with rows of
+# 256 bytes the address is made by one byte permute, [lane * 4, code byte, 0, 0].
+ROW_BYTES = 256
+_TABLE = "mov.u32 table, global_smem; mov.u32 t, %dynamic_smem_size; add.u32 table, table, t;"
+
+
+def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairDecoder:
+    """The decoder of 4-bit codes that reads a table of what `lines`, a slower one, makes of them.
+
+    Its further inputs: lane * 4. The table is the last in the block's shared memory.
+    """
+    slow = _assemble(lines, widths, **fields)
+    found = [".reg .b32 table, e0, e1, e2, e3;", _TABLE]
+    for word in range(2):
+        source, outs = f"${8 + word}", [f"${4 * word + slot}" for slot in range(4)]
+        for byte in range(4):
+            found.append(f"prmt.b32 t, {source}, $10, 0x77{byte}4; add.u32 t, t, table;")
+            found.append(f"ld.shared.b32 e{byte}, [t + {-256 * ROW_BYTES}];")
+        # bytes 0 and 1 hold the codes of one k, 2 and 3 those of the next, for both row halves each
+        for slot, out in enumerate(outs):
+            selector = "0x7632" if slot % 2 else "0x5410"
+            found.append(f"prmt.b32 {out}, e{slot // 2}, e{slot // 2 + 2}, {selector};")
+    # for each byte two permutes and a load: the table's address is the same for all lanes, which
+    # a load from shared memory adds itself
+    return _assemble(found, (*widths, *widths), instructions=24, entry=slow.asm, **fields)
+
+
+def _fill(entry: str, threads: int) -> str:
+    """Each thread decodes a byte, by `entry`, and writes the entry's copies; later ones first in
+    some threads than in others, so that those of a warp do not meet in a bank."""
+    outputs = ", ".join(f"o{i}" for i in range(8))
+    entry = re.sub(r"\$([0-7])\b", r"o\1", entry).replace("$8", "w").replace("$9", "w")
+    lines = [
+        f".reg .b32 table, t, u, w, a, {outputs}; {_TABLE}",
+        "mov.u32 t, %tid.x; and.b32 u, t, 255; shl.b32 a, u, 8; add.u32 a, a, table;",
+        "and.b32 w, u, 15; shr.u32 u, u, 4; shl.b32 u, u, 16; or.b32 w, w, u;",
+        f"{entry} shr.u32 u, t, 8; shl.b32 u, u, 2; add.u32 t, t, u;",  # half of the copies for 512
+    ]
+    for _ in range(2048 // threads):
+        lines.append("and.b32 u, t, 7; shl.b32 u, u, 4; add.u32 u, u, a; add.u32 t, t, 1;")
+        lines.append(f"st.shared.v4.b32 [u + {-256 * ROW_BYTES}], {{o0, o0, o0, o0}};")
+    return "{ " + " ".join(lines) + " mov.u32 $0, 0; }"
 
 
 def _twice(half_word: int) -> str:
