@@ -93,6 +93,13 @@ def _group(config: MatmulConfig) -> int:
     return config.group_length
 
 
+def _scaled_operand(config: MatmulConfig) -> bool:
+    """Whether scales multiply the decoded weight: where that is exact. Groups of 16 values would
+    cost as much in the accumulator of 8 rows of A, and twice that in one of 16."""
+    e4m3 = config.with_scaling and config.format.scale_encoding == "e4m3"
+    return e4m3 and _group(config) == 16 and _decoder(config).scalable
+
+
 def rows_of_a(m: int) -> int:
     """Rows of A that a block stages: 1, 8 or 16."""
     return 1 if m == 1 else 8 if m <= 8 else 16
@@ -275,7 +282,7 @@ def launches(
         "A": A,
         "W": W.view(torch.int32),
         "OUT": out,
-        "SCALE": scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale,
+        "SCALE": _as_kernels_read_it(config, scale),
         "ZEROS": zeros,
         "BIAS": bias,
         "GLOBAL_SCALE": global_scale,
@@ -296,6 +303,14 @@ def launches(
 
     grid, table = (min(tile.blocks, tiles),), _decoder(config).table_bytes
     return [Launch(decode_kernel, grid, arguments, constants, tile.warps, 1, options, table)]
+
+
+def _as_kernels_read_it(config: MatmulConfig, scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Scales of a byte as bytes; in pairs, where two at a time are converted and can be read."""
+    if scale is None or scale.itemsize > 1:
+        return scale
+    paired = _scaled_operand(config) and config.num_groups % 2 == 0 and scale.data_ptr() % 2 == 0
+    return scale.view(torch.int16 if paired else torch.uint8)
 
 
 @lru_cache(maxsize=4096)
@@ -326,6 +341,7 @@ def _constants(
         "SHIFT": decoder.shift,
         "ZERO": decoder.zero,
         "SUMS": with_zeros or decoder.shift != (0.0, 0.0),
+        "SCALED": _scaled_operand(config),
         "SCALE_KIND": (config.format.scale_encoding or "float") if with_scale else "none",
         "ZEROS_KIND": config.zeros_mode if with_zeros else "none",
         "GROUP": group,

@@ -15,6 +15,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     SPAN: values of k in a pair of words, STEPS = SPAN / 16 of the matrix instruction's k-steps.
     GROUP: values of k that share a scale, a power of two from 16 up; 0: one scale for a row.
     SUMS: whether the sums of A are needed (zero points, or codes with an offset).
+    SCALED: scales multiply the row operand, where that is exact, instead of the sums of a group.
     raw value, UNIT, ONE, SHIFT, ZERO: from the decoder, a value for each half of 16 rows:
         sum of value * a = UNIT * (sum of raw * a + (ZERO * zero point - SHIFT) * sum of ONE * a).
         Everything but the factor UNIT is applied group by group; that one is left to the end.
@@ -390,6 +391,11 @@ def load_scales_and_zeros(
     nothing = gl.zeros([WARPS, 16 * BANDS, COUNT], gl.int32, scales_layout(WARPS, BANDS, COUNT))
     if SCALE_KIND == "none":
         scale = nothing
+    elif SCALE.dtype.element_ty == gl.int16:  # pairs of bytes
+        scale = load_groups(
+            SCALE, tile, first_k, N, G // 2, valid, 2 * GROUP, ALIGNED, EXACT, ROWS_EXACT,
+            COUNT // 2, WARPS, BANDS, WARP_K,
+        )  # fmt: skip
     else:
         scale = load_groups(
             SCALE, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT,
@@ -508,6 +514,47 @@ def fold(
 
 
 @gluon.jit
+def scale_pairs(scale, DTYPE: gl.constexpr):
+    """e4m3 scales, bytes or pairs of them: in registers of two values, [WARPS, rows, pairs]."""
+    if scale.dtype == gl.uint8:
+        PAIRS: gl.constexpr = scale.shape[2] // 2
+        even, odd = gl.split(scale.to(gl.int16).reshape([scale.shape[0], scale.shape[1], PAIRS, 2]))
+        scale = even | (odd << 8)
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", [scale], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 t; .reg .b16 a, b; .reg .f32 x, y; cvt.rn.f16x2.e4m3x2 t, $1;"
+            "mov.b32 {a, b}, t; cvt.f32.f16 x, a; cvt.f32.f16 y, b; cvt.rn.bf16x2.f32 $0, y, x; }",
+            "=r,h", [scale], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def times_scales(a, pairs, ODD: gl.constexpr, MMA: gl.constexpr):
+    """The row operand times its rows' scales, those ODD or not of pairs [WARPS, rows]."""
+    dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    pairs = gl.convert_layout(pairs, gl.SliceLayout(2, dA), assert_trivial=True).expand_dims(2)
+    like = gl.full(a.shape, 0, gl.int32, dA)
+    pairs, like = gl.broadcast(pairs, like)
+    CHOSEN: gl.constexpr = "{ .reg .b16 a, b; .reg .b32 t; mov.b32 {a, b}, $2; mov.b32 t, " + (
+        "{b, b}; " if ODD else "{a, a}; "
+    )
+    if a.dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            CHOSEN + "mul.rn.f16x2 $0, $1, t; }", "=r,r,r,r", [a, pairs], dtype=gl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            CHOSEN + "mul.rn.bf16x2 $0, $1, t; }", "=r,r,r,r", [a, pairs], dtype=gl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
 def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
     """A of a unit as the column operand: [WARPS, UNIT_K, columns]."""
     if SINGLE:  # one row: every column reads it, the others' results are never stored
@@ -524,7 +571,7 @@ def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
 @gluon.jit
 def multiply_unit(
     main, extra, lane, b, scales, zeros, ones, acc, part, sums,
-    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, LOOKUP: gl.constexpr,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, LOOKUP: gl.constexpr, SCALED: gl.constexpr,
     WIDTH: gl.constexpr, EXTRA: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
@@ -550,6 +597,7 @@ def multiply_unit(
     PER_PART: gl.constexpr = IN_UNIT // SPAN if IN_UNIT > SPAN else 1  # pairs decoded together
     PARTS: gl.constexpr = PAIRS // PER_PART
     DTYPE: gl.constexpr = b.dtype
+    FOLDED: gl.constexpr = GROUP != 0 and not SCALED
 
     w = main.reshape([WARPS, BANDS, CHUNKS, 8, 4, 2, 2]).permute([0, 1, 3, 4, 2, 5, 6])
     w = w.reshape([WARPS, BANDS, 8, 4, PARTS, PER_PART, 2]).permute([0, 1, 2, 3, 5, 6, 4])
@@ -594,15 +642,20 @@ def multiply_unit(
             a = gl.convert_layout(a, dA, assert_trivial=True)
             bt = take(bp, t).reshape([WARPS, PER_PART * 16, COLUMNS])
             bt = gl.convert_layout(bt, dB, assert_trivial=True)
-            if GROUP != 0 and (FIRST + p * PER_PART * SPAN + t * 16) % SHARED == 0:
+            if FOLDED and (FIRST + p * PER_PART * SPAN + t * 16) % SHARED == 0:
                 part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
                 sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
-            part = mma_v2(a, bt, part)
+            if SCALED:
+                a = times_scales(a, take(scales, (FIRST + p * SPAN) // (2 * GROUP)), t % 2, MMA)
+            if SCALED and t % 2 == 1:  # two chains of products
+                acc = mma_v2(a, bt, acc)
+            else:
+                part = mma_v2(a, bt, part)
             if SUMS:
                 sums = mma_v2(ones, bt, sums)
             # k up to which this step completes the iteration: its last pair's, its own
             if (
-                GROUP != 0
+                FOLDED
                 and (FIRST + (p * PER_PART + PER_PART - 1) * SPAN + t * 16 + 16) % SHARED == 0
             ):
                 acc = fold(
@@ -688,7 +741,7 @@ def decode_kernel(
     BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, FILL: gl.constexpr,
     UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    SUMS: gl.constexpr,
+    SUMS: gl.constexpr, SCALED: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
     GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
     VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
@@ -715,6 +768,9 @@ def decode_kernel(
     STRIDE_K: gl.constexpr = WARPS * WARP_K
     SLAB_K: gl.constexpr = ITERATIONS * STRIDE_K
     COUNT: gl.constexpr = WARP_K // GROUP if GROUP != 0 and GROUP < WARP_K else 1
+    # what applies to a whole row, and is left to the end
+    LEFT_GROUP: gl.constexpr = 0 if SCALED else GROUP
+    LEFT_SCALE: gl.constexpr = "none" if SCALED else SCALE_KIND
 
     # Tensors go in powers of two: a slab is copied in one piece if its units are one, else one for
     # each iteration, with a barrier in between.
@@ -782,6 +838,9 @@ def decode_kernel(
                 )  # fmt: skip
                 scales = scale
                 zeros = zero
+                factors = scale
+                if SCALED:
+                    factors = scale_pairs(scale, A.dtype.element_ty)
                 pointers = iteration_pointers(
                     W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
                     DEPTH,
@@ -803,8 +862,8 @@ def decode_kernel(
                         units, first_unit + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
-                        ring[d][0], ring[d][1], lane, b, scales, zeros, ones, acc, part, sums,
-                        ASM, CONSTRAINTS, LOOKUP, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                        ring[d][0], ring[d][1], lane, b, factors, zeros, ones, acc, part, sums,
+                        ASM, CONSTRAINTS, LOOKUP, SCALED, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
                         ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K, COLUMNS, d * UNIT_K, MMA,
                     )  # fmt: skip
                     # a unit's registers are refilled as soon as it is decoded
@@ -817,13 +876,13 @@ def decode_kernel(
             if SLABS == 1 or not ONE_TILE:
                 finish_tile(
                     OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab,
-                    tile, M, N, SCALE_KIND, ZEROS_KIND, SUMS, GROUP, UNIT, ONE, SHIFT, ZERO,
+                    tile, M, N, LEFT_SCALE, ZEROS_KIND, SUMS, LEFT_GROUP, UNIT, ONE, SHIFT, ZERO,
                     ROWS_A, WARPS, BANDS, 1 if ONE_TILE else SLABS, MMA,
                 )  # fmt: skip
             elif slab == SLABS - 1:
                 finish_tile(
                     OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab,
-                    tile, M, N, SCALE_KIND, ZEROS_KIND, SUMS, GROUP, UNIT, ONE, SHIFT, ZERO,
+                    tile, M, N, LEFT_SCALE, ZEROS_KIND, SUMS, LEFT_GROUP, UNIT, ONE, SHIFT, ZERO,
                     ROWS_A, WARPS, BANDS, 1, MMA,
                 )  # fmt: skip
             tile += gl.num_programs(0)

@@ -42,6 +42,7 @@ class PairDecoder:
     registers: int
     instructions: int
     entry: str = ""
+    scalable: bool = False
     unit: tuple[float, float] = (1.0, 1.0)
     one: tuple[float, float] = (-1.0, -1.0)
     shift: tuple[float, float] = (0.0, 0.0)
@@ -88,10 +89,20 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
             return None
         unit = (2.0 ** (15 - decoder.bias),) * 2 if half else (1.0, 1.0)
         lines = _minifloat(decoder, fmt.bits, half)
-        return (_looked_up if fmt.bits == 4 else _assemble)(lines, widths, unit=unit)
+        if fmt.bits > 4:
+            return _assemble(lines, widths, unit=unit)
+        raw = torch.tensor(fmt.code_values(), dtype=torch.float64) / unit[0]
+        return _looked_up(lines, widths, unit=unit, scalable=_takes_scales(raw, half))
     if isinstance(decoder, Table) and fmt.bits == 4:
         return _looked_up(_table(decoder, A_dtype), widths)
     return None
+
+
+def _takes_scales(raw: torch.Tensor, half: bool) -> bool:
+    """Whether raw values times e4m3 scales are exact in float16 (half) or bfloat16."""
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    products = raw[:, None] * scales[scales.isfinite()]
+    return torch.equal(products.to(torch.float16 if half else torch.bfloat16).double(), products)
 
 
 def _assemble(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairDecoder:
