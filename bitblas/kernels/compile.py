@@ -158,7 +158,7 @@ class Source:
         return self._with_metadata(metadata, cubin)
 
     def _with_metadata(self, metadata: dict[str, Any], cubin: bytes) -> Binary:
-        shared = metadata["shared"] + self.extra_shared
+        shared = -(-metadata["shared"] // 16) * 16 + self.extra_shared
         return Binary.from_metadata({**metadata, "shared": shared}, cubin)
 
     def _index_path(self, arch: int) -> Path:

@@ -121,7 +121,10 @@ def _assemble(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairD
 # row, once in each bank, so that no two lanes meet in one; the other half is not used: with rows of
 # 256 bytes the address is made by one byte permute, [lane * 4, code byte, 0, 0].
 ROW_BYTES = 256
-_TABLE = "mov.u32 table, global_smem; mov.u32 t, %dynamic_smem_size; add.u32 table, table, t;"
+_TABLE = (  # the end of all shared memory
+    ".reg .b32 table, size; mov.b32 table, global_smem; mov.b32 size, %dynamic_smem_size;"
+    "add.u32 table, table, size;"
+)
 
 
 def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairDecoder:
@@ -130,7 +133,7 @@ def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> Pair
     Its further inputs: lane * 4. The table is the last in the block's shared memory.
     """
     slow = _assemble(lines, widths, **fields)
-    found = [".reg .b32 table, e0, e1, e2, e3;", _TABLE]
+    found = [_TABLE, ".reg .b32 e0, e1, e2, e3;"]
     for word in range(2):
         source, outs = f"${8 + word}", [f"${4 * word + slot}" for slot in range(4)]
         for byte in range(4):
@@ -149,17 +152,20 @@ def _fill(entry: str, threads: int) -> str:
     """Each thread decodes a byte, by `entry`, and writes the entry's copies; later ones first in
     some threads than in others, so that those of a warp do not meet in a bank."""
     outputs = ", ".join(f"o{i}" for i in range(8))
-    entry = re.sub(r"\$([0-7])\b", r"o\1", entry).replace("$8", "w").replace("$9", "w")
+    entry = re.sub(r"\$([0-7])\b", r"o\1", entry).replace("$8", "word").replace("$9", "word")
     lines = [
-        f".reg .b32 table, t, u, w, a, {outputs}; {_TABLE}",
-        "mov.u32 t, %tid.x; and.b32 u, t, 255; shl.b32 a, u, 8; add.u32 a, a, table;",
-        "and.b32 w, u, 15; shr.u32 u, u, 4; shl.b32 u, u, 16; or.b32 w, w, u;",
-        f"{entry} shr.u32 u, t, 8; shl.b32 u, u, 2; add.u32 t, t, u;",  # half of the copies for 512
+        f"{_TABLE} .reg .b32 thread, row, word, copy, place, {outputs};",
+        "mov.b32 thread, %tid.x; and.b32 row, thread, 255; and.b32 word, row, 15;",
+        "shr.u32 copy, row, 4; shl.b32 copy, copy, 16; or.b32 word, word, copy;",
+        f"{entry} shl.b32 row, row, 8; add.u32 row, row, table;",
+        # 512 threads: the second half of the copies
+        "shr.u32 copy, thread, 8; shl.b32 copy, copy, 2; add.u32 copy, copy, thread;",
     ]
-    for _ in range(2048 // threads):
-        lines.append("and.b32 u, t, 7; shl.b32 u, u, 4; add.u32 u, u, a; add.u32 t, t, 1;")
-        lines.append(f"st.shared.v4.b32 [u + {-256 * ROW_BYTES}], {{o0, o0, o0, o0}};")
-    return "{ " + " ".join(lines) + " mov.u32 $0, 0; }"
+    for _ in range(256 * 8 // threads):
+        lines.append("and.b32 place, copy, 7; shl.b32 place, place, 4; add.u32 place, place, row;")
+        lines.append(f"st.shared.v4.b32 [place + {-256 * ROW_BYTES}], {{o0, o0, o0, o0}};")
+        lines.append("add.u32 copy, copy, 1;")
+    return "{ " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
 def _twice(half_word: int) -> str:
