@@ -77,6 +77,8 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
             return None
         if fmt.bits == 8 and not half:
             return _assemble(_bytes_to_bfloat16(decoder), widths) if decoder.step == 1 else None
+        if fmt.bits == 1 and decoder.values(1) == [-1.0, 1.0]:
+            return _assemble(_signs(half), widths)
         lines, row_shift, base = _affine(decoder, fmt.bits, half)
         raised = (1.0, float(1 << row_shift))  # of codes, in the two row halves
         one = tuple(-r * 2.0**-24 for r in raised) if half else (-1.0, -1.0)
@@ -89,10 +91,11 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
             return None
         unit = (2.0 ** (15 - decoder.bias),) * 2 if half else (1.0, 1.0)
         lines = _minifloat(decoder, fmt.bits, half)
-        if fmt.bits > 4:
-            return _assemble(lines, widths, unit=unit)
         raw = torch.tensor(fmt.code_values(), dtype=torch.float64) / unit[0]
-        return _looked_up(lines, widths, unit=unit, scalable=_takes_scales(raw, half))
+        scalable = fmt.bits == 4 and _takes_scales(raw, half)
+        # in float16 a table is no gain: half of the shifts go to an idle pipe
+        assemble = _looked_up if fmt.bits == 4 and not half else _assemble
+        return assemble(lines, widths, unit=unit, scalable=scalable)
     if isinstance(decoder, Table) and fmt.bits == 4:
         return _looked_up(_table(decoder, A_dtype), widths)
     return None
@@ -216,6 +219,15 @@ def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], int, int
         else:
             lines.append(f"and.b32 {out}, t, {low};")
     return lines, row_shift, base
+
+
+def _signs(half: bool) -> list[str]:
+    """-1 and 1 differ in the sign alone: no offset, so no sums of A."""
+    lines = [f"mov.b32 c0, {_twice(0xBC00 if half else 0xBF80)};"]
+    for out, word, slot in _slots(1):
+        lines.append(_shifted("t", word, 15 - slot))
+        lines.append(f"lop3.b32 {out}, t, 0x80008000, c0, 0x6a;")  # (t & 0x80008000) ^ c0
+    return lines
 
 
 def _bytes_to_bfloat16(decoder: Affine) -> list[str]:
