@@ -79,8 +79,8 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
             return _assemble(_bytes_to_bfloat16(decoder), widths) if decoder.step == 1 else None
         if fmt.bits == 1 and decoder.values(1) == [-1.0, 1.0]:
             return _assemble(_signs(half), widths)
-        lines, row_shift, base = _affine(decoder, fmt.bits, half)
-        raised = (1.0, float(1 << row_shift))  # of codes, in the two row halves
+        lines, lifts, base = _affine(decoder, fmt.bits, half)
+        raised = tuple(float(1 << lift) for lift in lifts)
         one = tuple(-r * 2.0**-24 for r in raised) if half else (-1.0, -1.0)
         unit = tuple(decoder.step * (2.0**24 if half else 1.0) / r for r in raised)
         zero = tuple(-1.0 / (u * o) for u, o in zip(unit, one))
@@ -193,32 +193,37 @@ def _slots(width: int) -> list[tuple[str, str, int]]:
     ]
 
 
-def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], int, int]:
-    """(instructions, bits that codes of the second row half are raised by, value of code 0)."""
+def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], tuple[int, int], int]:
+    """(instructions, bits that codes of the two row halves are raised by, value of code 0)."""
     width = planes(bits)[0][0]
+    mantissa = 10 if half else 7
     magic, base = (0, 0) if half else (0x4300, 128)
-    # both row halves decode from one shifted word where their codes fit the mantissa
-    row_shift = width if 2 * bits <= (10 if half else 7) else 0
+    # Both row halves decode from one shifted word where their codes fit the mantissa. They lie as
+    # high there as a word that is not shifted at all lets them: shifts to the left are multiplies,
+    # by a pipe that has nothing else to do, those to the right share one with the logic.
+    row_shift = width if 2 * bits <= mantissa else 0
+    lowest = (mantissa - row_shift - bits) // (2 * width) * (2 * width) if row_shift else 0
+    lifts = (lowest, lowest + row_shift)
     lines, mask = [], (1 << width) - 1
     for index, (out, word, slot) in enumerate(_slots(width)):
-        r3 = slot % 2
-        raised = row_shift * r3
-        if row_shift == 0 or r3 == 0:
+        raised = lifts[slot % 2]
+        if row_shift == 0 or slot % 2 == 0:
             lines.append(_shifted("t", word, raised - width * slot))
         low = _twice(mask << raised)
         if bits == 3:
             # bit 2 of the code: bit `index` of the other plane's word, to just above bits 0 and 1
-            lines.append(f"and.b32 v, t, {low};")
+            if magic:
+                lines.append(f"mov.b32 c0, {_twice(magic)}; lop3.b32 v, t, {low}, c0, 0xea;")
+            else:
+                lines.append(f"and.b32 v, t, {low};")
             lines.append(_shifted("u", "$18", 2 + raised - index))
             lines.append(f"lop3.b32 {out}, u, {_twice(4 << raised)}, v, 0xea;")
-            if magic:
-                lines.append(f"or.b32 {out}, {out}, {_twice(magic)};")
         elif decoder.flip or magic:
             lines.append(f"mov.b32 c0, {_twice((decoder.flip << raised) ^ magic)};")
             lines.append(f"lop3.b32 {out}, t, {low}, c0, 0x6a;")  # (t & low) ^ c0
         else:
             lines.append(f"and.b32 {out}, t, {low};")
-    return lines, row_shift, base
+    return lines, lifts, base
 
 
 def _signs(half: bool) -> list[str]:
