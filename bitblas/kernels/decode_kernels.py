@@ -448,70 +448,22 @@ def stage_units(
         target.store(gl.load(pointer, mask=mask, other=0.0))
 
 
-@gluon.constexpr_function
-def units_of_a_piece(ROWS, units):
-    """How many units of A are copied at a time, of so many in all: a power of two, as many as make
-    four pieces of them; one piece of a single row, which is little."""
-    count, pieces = 1, 1 if ROWS == 1 else 4
-    while units % (2 * count) == 0 and units // (2 * count) >= pieces:
-        count *= 2
-    return count
-
-
-@gluon.constexpr_function
-def groups_behind(unit, units, count):
-    """Of the up to four groups in which pieces of `count` units arrive: how many come after the one
-    that `unit` is the first of; -1 where it is the first of none."""
-    pieces = units // count
-    groups = min(4, pieces)
-    piece = unit // count
-    first = piece == 0 or piece * groups // pieces != (piece - 1) * groups // pieces
-    return groups - 1 - piece * groups // pieces if unit % count == 0 and first else -1
-
-
 @gluon.jit
 def stage_activations(
-    A, a_smem, first_k, M, K, COUNT: gl.constexpr, ROWS: gl.constexpr,
+    A, a_smem, first_k, M, K, PIECES: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr,
     DEPTH: gl.constexpr, WARPS: gl.constexpr, UNIT_K: gl.constexpr, VECTOR: gl.constexpr,
     EXACT: gl.constexpr,
 ):  # fmt: skip
-    """A slab of A to shared memory, [pieces, COUNT units, WARPS, ROWS, UNIT_K]; zero beyond K.
-
-    Each warp copies what it reads itself, so it needs to wait for no other (await_activations);
-    the barrier is for the compiler, which would put one before every read, and for tables.
-    """
-    PIECES: gl.constexpr = a_smem.shape[0]
+    """A slab of A in shared memory, [PIECES, COUNT units, WARPS, ROWS, UNIT_K]; zero beyond K."""
     for piece in gl.static_range(PIECES):
         stage_units(
             A, a_smem.index(piece), first_k, M, K, piece * COUNT, COUNT, ROWS, DEPTH, WARPS, UNIT_K,
             VECTOR, EXACT,
         )  # fmt: skip
-        if piece + 1 == PIECES or groups_behind((piece + 1) * COUNT, PIECES * COUNT, COUNT) >= 0:
-            async_copy.commit_group()
+    if VECTOR == 8:
+        async_copy.commit_group()
+        async_copy.wait_group(0)
     thread_barrier()
-
-
-@gluon.constexpr_function
-def wait_for_copies(groups):
-    return f"cp.async.wait_group {groups}; bar.warp.sync 0xffffffff; // $0"
-
-
-@gluon.jit
-def await_activations(
-    i, d: gl.constexpr, COUNT: gl.constexpr, ITERATIONS: gl.constexpr, DEPTH: gl.constexpr
-):
-    """Until this warp's copies for unit d of iteration i are complete.
-
-    The first products are under way while the rest of A arrives. In later tiles nothing is left to
-    wait for.
-    """
-    for j in gl.static_range(ITERATIONS):
-        if groups_behind(j * DEPTH + d, ITERATIONS * DEPTH, COUNT) >= 0:
-            if i == j:
-                gl.inline_asm_elementwise(
-                    wait_for_copies(groups_behind(j * DEPTH + d, ITERATIONS * DEPTH, COUNT)),
-                    "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-                )  # fmt: skip
 
 
 # --- the product -----------------------------------------------------------------------------
@@ -821,9 +773,11 @@ def decode_kernel(
     LEFT_GROUP: gl.constexpr = 0 if SCALED else GROUP
     LEFT_SCALE: gl.constexpr = "none" if SCALED else SCALE_KIND
 
-    COPIED: gl.constexpr = units_of_a_piece(ROWS_A, UNITS)
+    # Tensors go in powers of two: a slab is copied in one piece if its units are one, else one for
+    # each iteration, with a barrier in between.
+    PIECES: gl.constexpr = 1 if UNITS & (UNITS - 1) == 0 else ITERATIONS
     a_smem = gl.allocate_shared_memory(
-        A.dtype.element_ty, [UNITS // COPIED, COPIED, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
+        A.dtype.element_ty, [PIECES, UNITS // PIECES, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
     )  # fmt: skip
     # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
     # the reads along rows meet in a bank
@@ -867,7 +821,8 @@ def decode_kernel(
     sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
     for slab in range(SLABS):
         stage_activations(
-            A, a_smem, slab * SLAB_K, M, K, COPIED, ROWS_A, DEPTH, WARPS, UNIT_K, VECTOR, EXACT,
+            A, a_smem, slab * SLAB_K, M, K, PIECES, UNITS // PIECES, ROWS_A, DEPTH, WARPS, UNIT_K,
+            VECTOR, EXACT,
         )  # fmt: skip
         lane = lane_offset() if LOOKUP else 0
         tile = first_tile
@@ -891,6 +846,11 @@ def decode_kernel(
                     W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
                     DEPTH,
                 )  # fmt: skip
+                units = reinterpret(
+                    a_smem.index(0 if PIECES == 1 else i), a_smem.dtype,
+                    [UNITS // PIECES, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A),
+                )  # fmt: skip
+                first_unit = i * DEPTH if PIECES == 1 else 0
                 refilled = ()
                 for d in gl.static_range(DEPTH):
                     if d == DEPTH // 2:  # half of this iteration's have served and free registers
@@ -899,13 +859,9 @@ def decode_kernel(
                             ZEROS_KIND, GROUP, GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS,
                             BANDS, WARP_K,
                         )  # fmt: skip
-                    await_activations(i, d, COPIED, ITERATIONS, DEPTH)
-                    unit = i * DEPTH + d
-                    piece = reinterpret(
-                        a_smem.index(unit // COPIED), a_smem.dtype,
-                        [COPIED, WARPS, ROWS_A, UNIT_K], unit_layout(ROWS_A),
+                    b = load_operand(
+                        units, first_unit + d, ROWS_A == 1, dB
                     )  # fmt: skip
-                    b = load_operand(piece, unit % COPIED, ROWS_A == 1, dB)
                     acc, part, sums = multiply_unit(
                         ring[d][0], ring[d][1], lane, b, factors, zeros, ones, acc, part, sums,
                         ASM, CONSTRAINTS, LOOKUP, SCALED, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
