@@ -100,6 +100,24 @@ def _scaled_operand(config: MatmulConfig) -> bool:
     return e4m3 and _group(config) == 16 and _decoder(config).scalable
 
 
+def _needs_sums(config: MatmulConfig) -> bool:
+    """Whether products need the sums of A."""
+    return config.with_zeros or _decoder(config).shift != (0.0, 0.0)
+
+
+def _shared_k(config: MatmulConfig, tile: Tile) -> int:
+    """Values of k that a warp multiplies before it turns to the next scales, in groups."""
+    return min(_group(config), tile.depth * tile.unit_k)
+
+
+def _sums_ahead(config: MatmulConfig, m: int, tile: Tile) -> bool:
+    """Whether a block adds A up before it starts: not where that takes longer than the products
+    for one or two tiles, which can overlap with the others."""
+    tiles = -(-config.N // (16 * tile.bands))
+    many = rows_of_a(m) == 1 or tiles > 2 * tile.blocks
+    return _needs_sums(config) and _group(config) != 0 and many
+
+
 def rows_of_a(m: int) -> int:
     """Rows of A that a block stages: 1, 8 or 16."""
     return 1 if m == 1 else 8 if m <= 8 else 16
@@ -120,7 +138,8 @@ def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
     iteration = tile.depth * tile.warps * tile.unit_k
     slab = iterations(config, tile) * iteration
     table = _decoder(config).table_bytes
-    return 2 * slab * rows + 4 * tile.warps * rows * 16 * tile.bands + table
+    totals = 4 * slab // _shared_k(config, tile) * rows if _sums_ahead(config, m, tile) else 0
+    return 2 * slab * rows + totals + 4 * tile.warps * rows * 16 * tile.bands + table
 
 
 # (warps, bands, bands * depth, blocks on a multiprocessor), by rows of A that a block stages: those
@@ -217,7 +236,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     rows = rows_of_a(m)
     columns = 2 if rows == 16 else 1  # in units of 8
     decoder = _decoder(config)
-    sums = int(config.with_zeros or decoder.shift != (0.0, 0.0))
+    sums = int(_needs_sums(config))
     group, warp_k = _group(config), tile.depth * tile.unit_k
     tiles = -(-config.N // (16 * tile.bands))
     per_sm = -(-tile.blocks // gpu.multiprocessors)
@@ -328,6 +347,9 @@ def _constants(
     steps = iterations(config, tile)
     warp_k = tile.depth * tile.unit_k
     count = max(1, warp_k // group) if group else 1
+    ahead, one, factors = _sums_ahead(config, rows, tile), decoder.one, (1.0, 1.0)
+    if ahead:
+        one, factors = factors, one
     return {
         "BITS": config.bits,
         "WIDTH": widths[0],
@@ -337,10 +359,11 @@ def _constants(
         "CONSTRAINTS": decoder.constraints,
         "FILL": decoder.fill(tile.warps),
         "UNIT": decoder.unit,
-        "ONE": decoder.one,
-        "SHIFT": decoder.shift,
-        "ZERO": decoder.zero,
-        "SUMS": with_zeros or decoder.shift != (0.0, 0.0),
+        "ONE": one,
+        "SHIFT": tuple(x * o for x, o in zip(decoder.shift, factors)),
+        "ZERO": tuple(x * o for x, o in zip(decoder.zero, factors)),
+        "SUMS": _needs_sums(config),
+        "AHEAD": ahead,
         "SCALED": _scaled_operand(config),
         "SCALE_KIND": (config.format.scale_encoding or "float") if with_scale else "none",
         "ZEROS_KIND": config.zeros_mode if with_zeros else "none",

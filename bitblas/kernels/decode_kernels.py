@@ -15,6 +15,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     SPAN: values of k in a pair of words, STEPS = SPAN / 16 of the matrix instruction's k-steps.
     GROUP: values of k that share a scale, a power of two from 16 up; 0: one scale for a row.
     SUMS: whether the sums of A are needed (zero points, or codes with an offset).
+    AHEAD: they are added up before, for all tiles of a block, not by a product in each. ONE is 1.
     SCALED: scales multiply the row operand, where that is exact, instead of the sums of a group.
     raw value, UNIT, ONE, SHIFT, ZERO: from the decoder, a value for each half of 16 rows:
         sum of value * a = UNIT * (sum of raw * a + (ZERO * zero point - SHIFT) * sum of ONE * a).
@@ -466,7 +467,56 @@ def stage_activations(
     thread_barrier()
 
 
+@gluon.constexpr_function
+def units_added_at_once(ROWS, UNIT_K, units, PER_SUM):
+    """Of the `units` of a piece: whole sums, of 32 values in a thread where that can be."""
+    return max(PER_SUM, min(units, 1024 // (ROWS * UNIT_K)))
+
+
+@gluon.jit
+def sum_activations(
+    a_smem, totals_smem, PER_SUM: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+    UNIT_K: gl.constexpr,
+):  # fmt: skip
+    """Sums of a slab of A over the k of PER_SUM units, or of equal parts of a unit.
+
+    To totals_smem, [chunks, sums of a chunk, WARPS, ROWS].
+    """
+    UNITS: gl.constexpr = a_smem.shape[1]
+    CHUNKS: gl.constexpr = totals_smem.shape[0] // a_smem.shape[0]  # of a piece
+    CHUNK: gl.constexpr = UNITS // CHUNKS  # units
+    PARTS: gl.constexpr = totals_smem.shape[1] * PER_SUM // CHUNK  # of a unit, a sum for each
+    ALONG: gl.constexpr = 32 // ROWS
+    L: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, UNIT_K // ALONG], [1, 1, ROWS, ALONG], [1, WARPS, 1, 1], [3, 2, 1, 0]
+    )  # fmt: skip
+    COUNT: gl.constexpr = totals_smem.shape[0]
+    for i in gl.static_range(COUNT):
+        chunk = a_smem.index(i // CHUNKS).slice(i % CHUNKS * CHUNK, CHUNK, 0)
+        values = chunk.load(L).to(gl.float32)
+        values = values.reshape([CHUNK // PER_SUM, PER_SUM, WARPS, ROWS, PARTS, UNIT_K // PARTS])
+        totals = gl.sum(gl.sum(values, axis=1), axis=4)
+        totals = totals.permute([0, 3, 1, 2]).reshape([totals_smem.shape[1], WARPS, ROWS])
+        totals_smem.index(i).store(totals)
+    thread_barrier()
+
+
 # --- the product -----------------------------------------------------------------------------
+
+
+@gluon.jit
+def load_totals(totals_smem, which, MMA: gl.constexpr):
+    """What sum_activations found, as columns of the accumulator: [WARPS, 1, columns]."""
+    COUNT: gl.constexpr = totals_smem.shape[0] * totals_smem.shape[1]
+    totals = reinterpret(
+        totals_smem, gl.float32, [COUNT, totals_smem.shape[2], totals_smem.shape[3]],
+        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
+    ).index(which)  # fmt: skip
+    if totals.shape[1] == 1:
+        one = totals.reshape([totals.shape[0]]).load(gl.SliceLayout(1, gl.SliceLayout(2, MMA)))
+        return one.expand_dims(1).expand_dims(2)
+    else:
+        return totals.load(gl.SliceLayout(1, MMA)).expand_dims(1)
 
 
 @gluon.jit
@@ -478,8 +528,8 @@ def fold(
 ):  # fmt: skip
     """acc + the sums of raw products of one group, with everything that applies to the group.
 
-    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns]; scale, zero: [WARPS, rows],
-    as they are stored.
+    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns], or from load_totals; scale,
+    zero: [WARPS, rows], as they are stored.
     """
     ROWS: gl.constexpr = 16 * BANDS
     SL: gl.constexpr = gl.SliceLayout(2, MMA)
@@ -501,7 +551,7 @@ def fold(
         factor, part = gl.broadcast(scale.expand_dims(2), part)
         acc = gl.fma(part, factor, acc)
     if SUMS:
-        if BANDS > 1:
+        if BANDS > 1 and sums.shape[1] > 1:
             COLUMNS: gl.constexpr = sums.shape[2]
             wide = acc.reshape([WARPS, BANDS, 16, COLUMNS])
             sums = gl.convert_layout(
@@ -509,7 +559,8 @@ def fold(
             )  # fmt: skip
             sums, wide = gl.broadcast(sums, wide)
             sums = gl.convert_layout(sums.reshape([WARPS, ROWS, COLUMNS]), MMA, assert_trivial=True)
-        offset, sums = gl.broadcast(offset.expand_dims(2), sums)
+        offset, acc = gl.broadcast(offset.expand_dims(2), acc)
+        sums, acc = gl.broadcast(sums, acc)
         acc = gl.fma(sums, offset, acc)
     return acc
 
@@ -571,8 +622,9 @@ def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
 
 @gluon.jit
 def multiply_unit(
-    main, extra, lane, b, scales, zeros, ones, acc, part, sums,
+    main, extra, lane, b, scales, zeros, ones, totals_smem, first_total, acc, part, sums,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, LOOKUP: gl.constexpr, SCALED: gl.constexpr,
+    AHEAD: gl.constexpr,
     WIDTH: gl.constexpr, EXTRA: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
@@ -652,15 +704,21 @@ def multiply_unit(
                 acc = mma_v2(a, bt, acc)
             else:
                 part = mma_v2(a, bt, part)
-            if SUMS:
+            if SUMS and not AHEAD:
                 sums = mma_v2(ones, bt, sums)
             # k up to which this step completes the iteration: its last pair's, its own
             if (
                 FOLDED
                 and (FIRST + (p * PER_PART + PER_PART - 1) * SPAN + t * 16 + 16) % SHARED == 0
             ):
+                known = sums
+                if AHEAD:
+                    known = load_totals(
+                        totals_smem, first_total + (FIRST + p * PER_PART * SPAN + t * 16) // SHARED,
+                        MMA,
+                    )  # fmt: skip
                 acc = fold(
-                    acc, part, sums,
+                    acc, part, known,
                     take(scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
                     take(zeros, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
                     SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, WARPS, BANDS, MMA,
@@ -742,7 +800,7 @@ def decode_kernel(
     BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, FILL: gl.constexpr,
     UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    SUMS: gl.constexpr, SCALED: gl.constexpr,
+    SUMS: gl.constexpr, AHEAD: gl.constexpr, SCALED: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
     GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
     VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
@@ -779,6 +837,15 @@ def decode_kernel(
     a_smem = gl.allocate_shared_memory(
         A.dtype.element_ty, [PIECES, UNITS // PIECES, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
     )  # fmt: skip
+    SHARED: gl.constexpr = GROUP if COUNT > 1 else WARP_K  # k of a group in an iteration of a warp
+    PER_SUM: gl.constexpr = SHARED // UNIT_K if SHARED > UNIT_K else 1  # units
+    CHUNK: gl.constexpr = units_added_at_once(ROWS_A, UNIT_K, UNITS // PIECES, PER_SUM)
+    totals_smem = a_smem
+    if AHEAD:
+        totals_smem = gl.allocate_shared_memory(
+            gl.float32, [UNITS // CHUNK, CHUNK * UNIT_K // SHARED, WARPS, ROWS_A],
+            gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]),
+        )  # fmt: skip
     # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
     # the reads along rows meet in a bank
     sum_smem = gl.allocate_shared_memory(
@@ -824,6 +891,8 @@ def decode_kernel(
             A, a_smem, slab * SLAB_K, M, K, PIECES, UNITS // PIECES, ROWS_A, DEPTH, WARPS, UNIT_K,
             VECTOR, EXACT,
         )  # fmt: skip
+        if AHEAD:
+            sum_activations(a_smem, totals_smem, PER_SUM, ROWS_A, WARPS, UNIT_K)
         lane = lane_offset() if LOOKUP else 0
         tile = first_tile
         while tile < tiles:
@@ -863,8 +932,9 @@ def decode_kernel(
                         units, first_unit + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
-                        ring[d][0], ring[d][1], lane, b, factors, zeros, ones, acc, part, sums,
-                        ASM, CONSTRAINTS, LOOKUP, SCALED, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
+                        ring[d][0], ring[d][1], lane, b, factors, zeros, ones, totals_smem,
+                        i * (WARP_K // SHARED), acc, part, sums,
+                        ASM, CONSTRAINTS, LOOKUP, SCALED, AHEAD, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
                         ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K, COLUMNS, d * UNIT_K, MMA,
                     )  # fmt: skip
                     # a unit's registers are refilled as soon as it is decoded
