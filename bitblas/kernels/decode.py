@@ -301,7 +301,7 @@ def launches(
         "A": A,
         "W": W.view(torch.int32),
         "OUT": out,
-        "SCALE": _as_kernels_read_it(config, scale),
+        "SCALE": _as_read(config, tile, scale),
         "ZEROS": zeros,
         "BIAS": bias,
         "GLOBAL_SCALE": global_scale,
@@ -324,12 +324,14 @@ def launches(
     return [Launch(decode_kernel, grid, arguments, constants, tile.warps, 1, options, table)]
 
 
-def _as_kernels_read_it(config: MatmulConfig, scale: torch.Tensor | None) -> torch.Tensor | None:
-    """Scales of a byte as bytes; in pairs, where two at a time are converted and can be read."""
+def _as_read(config: MatmulConfig, tile: Tile, scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Scales of a byte: four in a word where a warp reads so many of a row, which fewer registers
+    hold, else bytes."""
     if scale is None or scale.itemsize > 1:
         return scale
-    paired = _scaled_operand(config) and config.num_groups % 2 == 0 and scale.data_ptr() % 2 == 0
-    return scale.view(torch.int16 if paired else torch.uint8)
+    groups = tile.depth * tile.unit_k // _group(config) if _group(config) else 1
+    words = groups % 4 == config.num_groups % 4 == scale.data_ptr() % 4 == 0 and groups > 0
+    return scale.view(torch.int32 if words else torch.uint8)
 
 
 @lru_cache(maxsize=4096)

@@ -197,6 +197,15 @@ def ones_operand(
 
 
 @gluon.jit
+def stored_scale(scales, INDEX: gl.constexpr, SCALE_KIND: gl.constexpr):
+    """scales[..., INDEX] as it is stored; encoded ones may come four in a word."""
+    if SCALE_KIND == "e8m0" and scales.dtype == gl.int32:
+        return (take(scales, INDEX // 4) >> (8 * (INDEX % 4))) & 0xFF
+    else:
+        return take(scales, INDEX)
+
+
+@gluon.jit
 def decode_scale(raw, SCALE_KIND: gl.constexpr):
     """Scales in any encoding -> float32."""
     if SCALE_KIND == "e8m0":
@@ -393,10 +402,10 @@ def load_scales_and_zeros(
     nothing = gl.zeros([WARPS, 16 * BANDS, COUNT], gl.int32, scales_layout(WARPS, BANDS, COUNT))
     if SCALE_KIND == "none":
         scale = nothing
-    elif SCALE.dtype.element_ty == gl.int16:  # pairs of bytes
+    elif SCALE.dtype.element_ty == gl.int32:  # four bytes each
         scale = load_groups(
-            SCALE, tile, first_k, N, G // 2, valid, 2 * GROUP, ALIGNED, EXACT, ROWS_EXACT,
-            COUNT // 2, WARPS, BANDS, WARP_K,
+            SCALE, tile, first_k, N, G // 4, valid, 4 * GROUP, ALIGNED, EXACT, ROWS_EXACT,
+            COUNT // 4, WARPS, BANDS, WARP_K,
         )  # fmt: skip
     else:
         scale = load_groups(
@@ -566,27 +575,35 @@ def fold(
 
 
 @gluon.jit
-def scale_pairs(scale, DTYPE: gl.constexpr):
-    """e4m3 scales, bytes or pairs of them: in registers of two values, [WARPS, rows, pairs]."""
-    if scale.dtype == gl.uint8:
-        PAIRS: gl.constexpr = scale.shape[2] // 2
-        even, odd = gl.split(scale.to(gl.int16).reshape([scale.shape[0], scale.shape[1], PAIRS, 2]))
-        scale = even | (odd << 8)
+def words_of_bytes(bytes):
+    """uint8 [.., 4 * words] -> int32 [.., words]."""
+    SHAPE: gl.constexpr = bytes.shape[:2] + [bytes.shape[2] // 4, 2, 2]
+    even, odd = gl.split(bytes.to(gl.int32).reshape(SHAPE))
+    low, high = gl.split(even | (odd << 8))
+    return low | (high << 16)
+
+
+@gluon.jit
+def scale_pair(words, HIGH: gl.constexpr, DTYPE: gl.constexpr):
+    """Two of the four e4m3 scales in a word -> a register of them in the operand's dtype."""
+    CHOSEN: gl.constexpr = "{ .reg .b16 a, b; .reg .b32 t; .reg .f32 x, y; mov.b32 {a, b}, $1; " + (
+        "cvt.rn.f16x2.e4m3x2 t, b; " if HIGH else "cvt.rn.f16x2.e4m3x2 t, a; "
+    )
     if DTYPE == gl.float16:
         return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", [scale], dtype=gl.int32, is_pure=True, pack=1
+            CHOSEN + "mov.b32 $0, t; }", "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1
         )  # fmt: skip
     else:
         return gl.inline_asm_elementwise(
-            "{ .reg .b32 t; .reg .b16 a, b; .reg .f32 x, y; cvt.rn.f16x2.e4m3x2 t, $1;"
-            "mov.b32 {a, b}, t; cvt.f32.f16 x, a; cvt.f32.f16 y, b; cvt.rn.bf16x2.f32 $0, y, x; }",
-            "=r,h", [scale], dtype=gl.int32, is_pure=True, pack=1,
+            CHOSEN + "mov.b32 {a, b}, t; cvt.f32.f16 x, a; cvt.f32.f16 y, b; "
+            "cvt.rn.bf16x2.f32 $0, y, x; }",
+            "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1,
         )  # fmt: skip
 
 
 @gluon.jit
 def times_scales(a, pairs, ODD: gl.constexpr, MMA: gl.constexpr):
-    """The row operand times its rows' scales, those ODD or not of pairs [WARPS, rows]."""
+    """The row operand times its rows' scales, the ODD ones or the others of pairs [WARPS, rows]."""
     dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     pairs = gl.convert_layout(pairs, gl.SliceLayout(2, dA), assert_trivial=True).expand_dims(2)
     like = gl.full(a.shape, 0, gl.int32, dA)
@@ -699,7 +716,9 @@ def multiply_unit(
                 part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
                 sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
             if SCALED:
-                a = times_scales(a, take(scales, (FIRST + p * SPAN) // (2 * GROUP)), t % 2, MMA)
+                words = take(scales, (FIRST + p * SPAN) // (4 * GROUP))
+                pair = scale_pair(words, (FIRST + p * SPAN) // (2 * GROUP) % 2, DTYPE)
+                a = times_scales(a, pair, t % 2, MMA)
             if SCALED and t % 2 == 1:  # two chains of products
                 acc = mma_v2(a, bt, acc)
             else:
@@ -719,7 +738,9 @@ def multiply_unit(
                     )  # fmt: skip
                 acc = fold(
                     acc, part, known,
-                    take(scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
+                    stored_scale(
+                        scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED, SCALE_KIND
+                    ),
                     take(zeros, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
                     SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, WARPS, BANDS, MMA,
                 )  # fmt: skip
@@ -909,8 +930,8 @@ def decode_kernel(
                 scales = scale
                 zeros = zero
                 factors = scale
-                if SCALED:
-                    factors = scale_pairs(scale, A.dtype.element_ty)
+                if SCALED and scale.dtype == gl.uint8:
+                    factors = words_of_bytes(scale)
                 pointers = iteration_pointers(
                     W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
                     DEPTH,
