@@ -111,11 +111,13 @@ def _shared_k(config: MatmulConfig, tile: Tile) -> int:
 
 
 def _sums_ahead(config: MatmulConfig, m: int, tile: Tile) -> bool:
-    """Whether a block adds A up before it starts: not where that takes longer than the products
-    for one or two tiles, which can overlap with the others."""
-    tiles = -(-config.N // (16 * tile.bands))
-    many = rows_of_a(m) == 1 or tiles > 2 * tile.blocks
-    return _needs_sums(config) and _group(config) != 0 and many
+    """Whether a block adds A up before it starts, for all its tiles: not where products for a tile
+    or two, which overlap with the rest, take less, nor where reading the weights takes longest."""
+    if not _needs_sums(config) or _group(config) == 0:
+        return False
+    if rows_of_a(m) == 1:
+        return config.bits < 4
+    return config.bits <= 4 and -(-config.N // (16 * tile.bands)) > 2 * tile.blocks
 
 
 def rows_of_a(m: int) -> int:
@@ -195,12 +197,13 @@ def _fitting(
     group, wide_scales = _group(config), config.format.scale_encoding is None
     # registers of a lane, in fours, for an iteration's words, and bytes for its groups' scales
     most_words = 8 if crowded or (heavy and bands == 4) else 16
+    most_scales = (16 if crowded else 32) * (2 if _scaled_operand(config) else 1)
     words = len(planes(config.bits)) * bands
     while depth > 1 and (
         depth * words > most_words
         or warps * unit * depth > config.K
-        or bands * _scale_bytes(config, unit * depth) > (16 if crowded else 32)
-        or (rows == 16 and wide_scales and group and unit * depth > 4 * group)
+        or bands * _scale_bytes(config, unit * depth) > most_scales
+        or (rows == 16 and wide_scales and group and unit * depth > 8 * group)
     ):
         depth //= 2
     if bands > 1 and bands * _scale_bytes(config, unit * depth) > 40:
@@ -237,6 +240,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     columns = 2 if rows == 16 else 1  # in units of 8
     decoder = _decoder(config)
     sums = int(_needs_sums(config))
+    products = sums and not _sums_ahead(config, m, tile)  # by which the sums come
     group, warp_k = _group(config), tile.depth * tile.unit_k
     tiles = -(-config.N // (16 * tile.bands))
     per_sm = -(-tile.blocks // gpu.multiprocessors)
@@ -244,10 +248,11 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     walked = waves * per_sm  # tiles of the busiest multiprocessor
     steps = iterations(config, tile) * tile.slabs
 
+    folds = (4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0
     instructions = (  # for a lane's weight
         decoder.instructions_per_weight
-        + 3.76 * columns * (1 + sums / tile.bands) / 8  # matrix instructions
-        + ((4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0)
+        + 3.76 * columns * (1 + products / tile.bands) / 8  # matrix instructions
+        + (0.65 if _scaled_operand(config) else folds)
         + columns / (16 * tile.bands)
         + 120 / (warp_k * tile.bands)
     )

@@ -529,6 +529,16 @@ def load_totals(totals_smem, which, MMA: gl.constexpr):
 
 
 @gluon.jit
+def multiply_add(x, y, z):
+    """x * y + z, here: LLVM would gather those of all groups at the end of an iteration, where the
+    sums of each group wait for it in registers of their own."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=gl.float32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def fold(
     acc, part, sums, scale, zero,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr,
@@ -558,7 +568,7 @@ def fold(
         acc = acc + part
     else:
         factor, part = gl.broadcast(scale.expand_dims(2), part)
-        acc = gl.fma(part, factor, acc)
+        acc = multiply_add(part, factor, acc)
     if SUMS:
         if BANDS > 1 and sums.shape[1] > 1:
             COLUMNS: gl.constexpr = sums.shape[2]
@@ -570,7 +580,7 @@ def fold(
             sums = gl.convert_layout(sums.reshape([WARPS, ROWS, COLUMNS]), MMA, assert_trivial=True)
         offset, acc = gl.broadcast(offset.expand_dims(2), acc)
         sums, acc = gl.broadcast(sums, acc)
-        acc = gl.fma(sums, offset, acc)
+        acc = multiply_add(sums, offset, acc)
     return acc
 
 
