@@ -201,8 +201,9 @@ def examine(case: Case) -> list[Finding]:
         complaints = []
         if statistics.local_bytes > most_local_bytes(case.family):
             complaints.append(f"{statistics.local_bytes} bytes of local memory")
-        if statistics.shared_bytes > SHARED[case.arch]:
-            complaints.append(f"{statistics.shared_bytes} bytes of shared memory")
+        shared = statistics.shared_bytes + launch.extra_shared
+        if shared > SHARED[case.arch]:
+            complaints.append(f"{shared} bytes of shared memory")
         if kernel not in ("sum_parts_kernel", "dequantize_kernel"):
             if case.config.A_dtype != "float32" and not statistics.count(*MATRIX):
                 complaints.append("no matrix instructions")
@@ -216,7 +217,7 @@ def examine(case: Case) -> list[Finding]:
                 kernel,
                 statistics.registers,
                 statistics.local_bytes,
-                statistics.shared_bytes,
+                shared,
                 counts,
                 tuple(complaints),
             )

@@ -661,9 +661,10 @@ def multiply_unit(
     """acc, part and sums with the products of one unit added.
 
     part, sums: of the group that is not complete yet (without groups: of the row), acc: of the
-    groups before. main, extra: words as load_plane returns them; lane: lane_offset(); b: [WARPS, UNIT_K, columns];
-    scales, zeros: [WARPS, rows, groups of an iteration]; ones: as ones_operand gives it. FIRST: the
-    unit's first k in its iteration.
+    groups before; SCALED: of odd steps. main, extra: words as load_plane returns them; lane: as
+    lane_offset gives it; b: [WARPS, UNIT_K, columns]; scales, zeros: [WARPS, rows, groups of an
+    iteration], e8m0 and SCALED ones in words of four where they were read so; ones: as ones_operand
+    gives it. FIRST: the unit's first k in its iteration; first_total: the iteration's first sum.
     """
     ROWS: gl.constexpr = 16 * BANDS
     dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -965,8 +966,9 @@ def decode_kernel(
                     acc, part, sums = multiply_unit(
                         ring[d][0], ring[d][1], lane, b, factors, zeros, ones, totals_smem,
                         i * (WARP_K // SHARED), acc, part, sums,
-                        ASM, CONSTRAINTS, LOOKUP, SCALED, AHEAD, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-                        ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K, COLUMNS, d * UNIT_K, MMA,
+                        ASM, CONSTRAINTS, LOOKUP, SCALED, AHEAD, WIDTH, EXTRA, SCALE_KIND,
+                        ZEROS_KIND, SUMS, GROUP, ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K,
+                        COLUMNS, d * UNIT_K, MMA,
                     )  # fmt: skip
                     # a unit's registers are refilled as soon as it is decoded
                     refilled = refilled + (load_unit(
