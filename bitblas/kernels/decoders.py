@@ -9,11 +9,12 @@ which half of the 16 rows a register lies,
 
     sum of value * a = unit * (sum of raw * a + (zero * zero point - shift) * sum of one * a)
 
-float16 codes stay where they are in the word, as subnormals (code * 2^-24; * 2^-20 for the second
-row half of 4-bit codes), and cost one logic instruction for two weights; bfloat16, whose products
-would underflow, gets 128 + code. Small floats move their fields into place and leave the exponent
-bias to `unit`; tables are read by byte permutes. Zero points and a non-zero `shift` need the sums
-of A over each group, which one more product per 16 k, with a row operand of `one`, provides.
+float16 codes stay where they are in the word, as subnormals (code * 2^-24 times a power of two, one
+for each row half), and cost one logic instruction for two weights; bfloat16, whose products would
+underflow, gets 128 + code. int1 is the sign of 1. Small floats move their fields into place
+and leave the exponent bias to `unit`. Tables are looked up in shared memory, where the block's
+threads have written what a slower decoder, of byte permutes, makes of each byte. Zero points and a
+non-zero `shift` need the sums of A over each group, of which the kernel has `one` times.
 """
 
 from __future__ import annotations
@@ -113,9 +114,8 @@ def _assemble(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairD
     registers, words = 2 * 16 // widths[0], 2 * len(widths)
     asm = "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
     each = [line.split()[0] for line in " ".join(lines).split(";") if line.strip()]
-    # shifts to the left are multiplies to the compiler, by another pipe than the logic's
-    free = {"mov.b32": 0.0, "mov.u32": 0.0, ".reg": 0.0, "shl.b32": 0.5}
-    count = sum(free.get(opcode, 1.0) for opcode in each)
+    # the compiler multiplies to shift to the left: by another pipe than the logic's
+    count = sum({".reg": 0.0, "mov.b32": 0.0, "shl.b32": 0.5}.get(opcode, 1.0) for opcode in each)
     # outputs are written before the last input is read
     constraints = ",".join(["=&r"] * registers + ["r"] * words)
     return PairDecoder(asm, constraints, registers, **{"instructions": count, **fields})
@@ -149,14 +149,15 @@ def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> Pair
         for slot, out in enumerate(outs):
             selector = "0x7632" if slot % 2 else "0x5410"
             found.append(f"prmt.b32 {out}, e{slot // 2}, e{slot // 2 + 2}, {selector};")
-    # for each byte two permutes and a load: the table's address is the same for all lanes, which
-    # a load from shared memory adds itself
+    # for each of 8 bytes two permutes and a load, which itself adds what is equal in all lanes
     return _assemble(found, (*widths, *widths), instructions=24, entry=slow.asm, **fields)
 
 
 def _fill(entry: str, threads: int) -> str:
-    """Each thread decodes a byte, by `entry`, and writes the entry's copies; later ones first in
-    some threads than in others, so that those of a warp do not meet in a bank."""
+    """PTX: each of 256 or 512 threads decodes a byte, by `entry`, and writes copies of the result.
+
+    Each lane begins with another copy, so that those of a warp do not meet in a bank.
+    """
     outputs = ", ".join(f"o{i}" for i in range(8))
     entry = re.sub(r"\$([0-7])\b", r"o\1", entry).replace("$8", "word").replace("$9", "word")
     lines = [
@@ -164,7 +165,7 @@ def _fill(entry: str, threads: int) -> str:
         "mov.b32 thread, %tid.x; and.b32 row, thread, 255; and.b32 word, row, 15;",
         "shr.u32 copy, row, 4; shl.b32 copy, copy, 16; or.b32 word, word, copy;",
         f"{entry} shl.b32 row, row, 8; add.u32 row, row, table;",
-        # 512 threads: the second half of the copies
+        # of 512 threads, the second half writes the second half of the copies
         "shr.u32 copy, thread, 8; shl.b32 copy, copy, 2; add.u32 copy, copy, thread;",
     ]
     for _ in range(256 * 8 // threads):
