@@ -157,6 +157,16 @@ _SHAPES = {
 }
 
 
+def _limit(tile: Tile) -> int:
+    """Registers that a thread can have."""
+    return 128 if tile.max_registers or tile.warps == 16 else 255
+
+
+def _registers_of_groups(tile: Tile, rows: int, count: int) -> int:
+    """What the sums of all groups of an iteration would take."""
+    return count * tile.bands * (8 if rows == 16 else 4)
+
+
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m: where A is staged alike, so that a
     row's result does not depend on the batch."""
@@ -206,7 +216,7 @@ def _fitting(
         or (rows == 16 and wide_scales and group and unit * depth > 8 * group)
     ):
         depth //= 2
-    if bands > 1 and bands * _scale_bytes(config, unit * depth) > 40:
+    if bands > 1 and bands * _scale_bytes(config, unit * depth) > max(40, most_scales):
         return None  # groups of a few values: spills
     blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
     registers = 128 if blocks > gpu.multiprocessors else None  # two blocks share one's registers
@@ -372,6 +382,7 @@ def _constants(
         "SUMS": _needs_sums(config),
         "AHEAD": ahead,
         "SCALED": _scaled_operand(config),
+        "IN_PLACE": group != 0 and 5 * _registers_of_groups(tile, rows, count) > 2 * _limit(tile),
         "SCALE_KIND": (config.format.scale_encoding or "float") if with_scale else "none",
         "ZEROS_KIND": config.zeros_mode if with_zeros else "none",
         "GROUP": group,

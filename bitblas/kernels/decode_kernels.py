@@ -17,6 +17,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     SUMS: whether the sums of A are needed (zero points, or codes with an offset).
     AHEAD: they are added up before, for all tiles of a block, not by a product in each. ONE is 1.
     SCALED: scales multiply the row operand, where that is exact, instead of the sums of a group.
+    IN_PLACE: those are multiplied one group after the other, for want of registers.
     raw value, UNIT, ONE, SHIFT, ZERO: from the decoder, a value for each half of 16 rows:
         sum of value * a = UNIT * (sum of raw * a + (ZERO * zero point - SHIFT) * sum of ONE * a).
         Everything but the factor UNIT is applied group by group; that one is left to the end.
@@ -529,13 +530,16 @@ def load_totals(totals_smem, which, MMA: gl.constexpr):
 
 
 @gluon.jit
-def multiply_add(x, y, z):
-    """x * y + z, here: LLVM would gather those of all groups at the end of an iteration, where the
-    sums of each group wait for it in registers of their own."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=gl.float32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
+def multiply_add(x, y, z, IN_PLACE: gl.constexpr):
+    """x * y + z. LLVM gathers those of all groups at the end of an iteration, where the sums of
+    each group wait for it in registers of their own: not IN_PLACE, where it happens here."""
+    if IN_PLACE:
+        return gl.inline_asm_elementwise(
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=gl.float32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return gl.fma(x, y, z)
 
 
 @gluon.jit
@@ -543,7 +547,7 @@ def fold(
     acc, part, sums, scale, zero,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    WARPS: gl.constexpr, BANDS: gl.constexpr, MMA: gl.constexpr,
+    IN_PLACE: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """acc + the sums of raw products of one group, with everything that applies to the group.
 
@@ -568,7 +572,7 @@ def fold(
         acc = acc + part
     else:
         factor, part = gl.broadcast(scale.expand_dims(2), part)
-        acc = multiply_add(part, factor, acc)
+        acc = multiply_add(part, factor, acc, IN_PLACE)
     if SUMS:
         if BANDS > 1 and sums.shape[1] > 1:
             COLUMNS: gl.constexpr = sums.shape[2]
@@ -580,7 +584,7 @@ def fold(
             sums = gl.convert_layout(sums.reshape([WARPS, ROWS, COLUMNS]), MMA, assert_trivial=True)
         offset, acc = gl.broadcast(offset.expand_dims(2), acc)
         sums, acc = gl.broadcast(sums, acc)
-        acc = multiply_add(sums, offset, acc)
+        acc = multiply_add(sums, offset, acc, IN_PLACE)
     return acc
 
 
@@ -651,7 +655,7 @@ def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
 def multiply_unit(
     main, extra, lane, b, scales, zeros, ones, totals_smem, first_total, acc, part, sums,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, LOOKUP: gl.constexpr, SCALED: gl.constexpr,
-    AHEAD: gl.constexpr,
+    AHEAD: gl.constexpr, IN_PLACE: gl.constexpr,
     WIDTH: gl.constexpr, EXTRA: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
@@ -753,7 +757,8 @@ def multiply_unit(
                         scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED, SCALE_KIND
                     ),
                     take(zeros, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
-                    SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, WARPS, BANDS, MMA,
+                    SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, IN_PLACE, WARPS, BANDS,
+                    MMA,
                 )  # fmt: skip
     return acc, part, sums
 
@@ -800,7 +805,7 @@ def finish_tile(
     if GROUP == 0:
         acc = fold(
             acc, part, sums, take(scales, 0), take(zeros, 0), SCALE_KIND, ZEROS_KIND, SUMS, ONE,
-            SHIFT, ZERO, WARPS, BANDS, MMA,
+            SHIFT, ZERO, False, WARPS, BANDS, MMA,
         )  # fmt: skip
     unit = per_row(UNIT, WARPS, ROWS, gl.SliceLayout(2, MMA)).expand_dims(2)
     unit, acc = gl.broadcast(unit, acc)
@@ -832,7 +837,7 @@ def decode_kernel(
     BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
     ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, FILL: gl.constexpr,
     UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    SUMS: gl.constexpr, AHEAD: gl.constexpr, SCALED: gl.constexpr,
+    SUMS: gl.constexpr, AHEAD: gl.constexpr, SCALED: gl.constexpr, IN_PLACE: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
     GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
     VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
@@ -966,7 +971,7 @@ def decode_kernel(
                     acc, part, sums = multiply_unit(
                         ring[d][0], ring[d][1], lane, b, factors, zeros, ones, totals_smem,
                         i * (WARP_K // SHARED), acc, part, sums,
-                        ASM, CONSTRAINTS, LOOKUP, SCALED, AHEAD, WIDTH, EXTRA, SCALE_KIND,
+                        ASM, CONSTRAINTS, LOOKUP, SCALED, AHEAD, IN_PLACE, WIDTH, EXTRA, SCALE_KIND,
                         ZEROS_KIND, SUMS, GROUP, ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K,
                         COLUMNS, d * UNIT_K, MMA,
                     )  # fmt: skip
