@@ -255,8 +255,9 @@ def examine(case: Case | Rows) -> list[Finding]:
         complaints = []
         if statistics.local_bytes > most_local_bytes(case.family):
             complaints.append(f"{statistics.local_bytes} bytes of local memory")
-        if statistics.shared_bytes > SHARED[case.arch]:
-            complaints.append(f"{statistics.shared_bytes} bytes of shared memory")
+        shared = statistics.shared_bytes + launch.extra_shared
+        if shared > SHARED[case.arch]:
+            complaints.append(f"{shared} bytes of shared memory")
         complaints += case.complaints(kernel, statistics, wide)
         counts = {name: statistics.count(*prefixes) for name, prefixes in COUNTED.items()}
         counts["ldg"] = sum(statistics.opcodes[op] for op in wide)
@@ -265,7 +266,7 @@ def examine(case: Case | Rows) -> list[Finding]:
                 kernel,
                 statistics.registers,
                 statistics.local_bytes,
-                statistics.shared_bytes,
+                shared,
                 counts,
                 tuple(complaints),
             )

@@ -32,19 +32,34 @@ INTEGERS = [(name, dtype) for name, dtype in DECODERS if FORMATS[name].is_intege
 # --- a small PTX machine: every register is a uint32 vector, one element for each lane -----------
 
 
-def execute(asm: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All registers after the instructions. KeyError where one is read that was never written."""
-    registers, declared = dict(inputs), set()
+SHARED = 4096, 1024  # where a block's dynamic shared memory ends, and where it starts
+
+
+def execute(
+    asm: str, inputs: dict[str, np.ndarray], memory: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """All registers after the instructions. KeyError where one is read that was never written.
+
+    memory: words of shared memory up to its end; inputs may be special registers.
+    """
     like = np.zeros_like(next(iter(inputs.values())))
+    size = like + np.uint32(SHARED[0] - SHARED[1])
+    registers = {**inputs, "%dynamic_smem_size": size, "global_smem": like + np.uint32(SHARED[1])}
+    declared = set()
+
+    def places(operand: str) -> np.ndarray:
+        """[register + bytes] -> which words of memory."""
+        register, offset = operand.strip("[]").split(" + ")
+        address = registers[register].astype(np.int64) + int(offset)
+        assert memory is not None and (address % 4 == 0).all()
+        return (address - SHARED[0]) // 4 + len(memory)
 
     def read(operand: str) -> np.ndarray:
         if operand.startswith("0x"):
             return like + np.uint32(int(operand, 16))
         return like + np.uint32(int(operand)) if operand.isdigit() else registers[operand]
 
-    body = asm.strip()
-    assert body[0] == "{" and body[-1] == "}"
-    for line in filter(None, map(str.strip, body[1:-1].split(";"))):
+    for line in filter(None, (line.strip("{} ") for line in asm.split(";"))):
         opcode, rest = line.split(None, 1)
         operands = [operand.strip() for operand in rest.split(",")]
         if opcode == ".reg":
@@ -52,6 +67,13 @@ def execute(asm: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             declared.update(operands)
             continue
         target, sources = operands[0], operands[1:]
+        if opcode == "st.shared.v4.b32":
+            for i, source in enumerate(sources):
+                memory[places(target) + i] = read(source.strip("{} "))
+            continue
+        if opcode == "ld.shared.b32":
+            registers[target] = memory[places(sources[0])]
+            continue
         assert re.fullmatch(r"\$\d+", target) or target in declared, line
         assert target not in inputs, f"an input is overwritten: {line}"
         registers[target] = OPERATIONS[opcode](*map(read, sources)).astype(np.uint32)
@@ -185,8 +207,12 @@ def decoded(name: str, dtype: str, seed: int) -> tuple[PairDecoder, torch.Tensor
     assert decoder is not None
     codes = every_code_everywhere(fmt.bits, seed)
     inputs = pairs_of_words(codes, fmt.bits)
+    if decoder.table_bytes:
+        like = next(iter(inputs.values()))
+        lane = np.zeros_like(like) + 4 * np.arange(like.shape[1], dtype=np.uint32)[:, None] % 128
+        inputs |= {f"${decoder.registers + 2 + i}": lane for i in range(2)}
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
-    outputs = execute(decoder.asm, inputs)
+    outputs = execute(decoder.asm, inputs, filled(decoder))
     return decoder, *by_place(outputs, codes, inputs, decoder.registers, dtype)
 
 
@@ -212,6 +238,15 @@ def by_place(
             raw[r3].append(both[..., h].flatten())
             wanted[r3].append(by_tile[:, row + 8 * r3, k + step * 16 + x * 8 + h].flatten())
     return torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
+
+
+def filled(decoder: PairDecoder, warps: int = 8) -> np.ndarray:
+    """The table that the threads of a block write; all ones where nothing is."""
+    memory = np.full(decoder.table_bytes // 4, 0xFFFFFFFF, dtype=np.uint32)
+    if decoder.table_bytes:
+        threads = np.arange(32 * warps, dtype=np.uint32)
+        execute(decoder.fill(warps), {"%tid.x": threads}, memory)
+    return memory
 
 
 def by_row_half(pair: tuple[float, float]) -> torch.Tensor:
@@ -279,6 +314,23 @@ def test_signs_of_zeros_survive(name, dtype, seed):
     values = FORMATS[name].to_values(codes)
     zeros = values == 0
     assert torch.equal(raw[zeros].signbit(), values[zeros].signbit())
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4_e2m1"])
+def test_a_table_does_not_depend_on_how_many_warps_fill_it(name):
+    decoder = pair_decoder(FORMATS[name], "float16")
+    assert np.array_equal(filled(decoder, 16), filled(decoder, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoded_nvfp4_times_any_scale_is_exact(dtype):
+    """Which is why the kernel multiplies the weight instead of the sums of a group."""
+    decoder = pair_decoder(FORMATS["nvfp4"], dtype)
+    assert decoder.scalable
+    raw = torch.tensor(FORMATS["nvfp4"].code_values(), dtype=torch.float64) / decoder.unit[0]
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(DTYPES[dtype])
+    products = raw.to(DTYPES[dtype])[:, None] * scales
+    assert same(products.double(), raw[:, None] * scales.double())
 
 
 @pytest.mark.parametrize(("name", "dtype"), INTEGERS)

@@ -188,8 +188,11 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
 _SHAPES = {
     32: ((32, 1, 2, 256, 1, 1), (32, 1, 4, 256, 1, 1), (32, 1, 2, 128, 2, 2)),
     64: ((64, 1, 2, 256, 1, 1), (64, 1, 4, 128, 1, 1), (64, 1, 2, 128, 1, 2)),
-    128: ((128, 2, 2, 128, 1, 1), (128, 1, 2, 128, 1, 1)),
-    256: ((256, 1, 2, 64, 2, 1), (128, 1, 2, 128, 1, 1), (128, 2, 2, 128, 1, 1)),
+    128: ((128, 1, 2, 128, 1, 1), (64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
+    256: (
+        *((256, 1, 2, 64, 2, 1), (128, 1, 2, 128, 1, 1)),
+        *((64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
+    ),
 }
 
 
@@ -200,19 +203,23 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
         tile = _fitting(config, gpu, *shape)
         if tile is not None:
             tiles += _dealt(config, m, tile)
+    tiles = list(dict.fromkeys(tiles))
     return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
 
 
 def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
     """The tile with its work dealt out to blocks in each way that may be the best."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
-    tiles = tiles_n * tiles_m
-    found = [tile]
-    if tiles <= tile.blocks // 2:  # as many blocks for each tile
-        found.append(replace(tile, blocks=tile.blocks // tiles * tiles))
-    elif tiles % tile.blocks:
-        found.append(replace(tile, share=False))
-    return list(dict.fromkeys(found))
+    tiles, blocks = tiles_n * tiles_m, tile.blocks
+    alone = replace(tile, share=False)
+    if tile.per_sm > 1 and tiles < 0.75 * blocks:
+        return []  # fuller multiprocessors take longer than the parts would save
+    if tiles <= blocks // 2:  # as many blocks for each tile, not so many that the sum takes long
+        counts = {min(blocks // tiles, most) for most in (4, 8)}
+        return [replace(tile, blocks=count * tiles) for count in sorted(counts)]
+    left = tiles % blocks
+    worth_sharing = 0 < left < 0.75 * blocks and tile.bands * tile.block_m < 256
+    return [alone, tile] if worth_sharing else [alone]
 
 
 def _fitting(
@@ -243,22 +250,36 @@ def _fitting(
 
 
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
-    """What a product should take, from counts of instructions and bytes."""
+    """What a product should take, from counts of instructions and bytes.
+
+    The busiest block decides: its matrix instructions, its others and its reads overlap, but not
+    wholly (a p-norm of them); the ends of segments do not. The constants are a fit to 170
+    measurements of uint4 weights on an H200 (benchmarks/results/h200_batch_tiles.csv), 10 % off.
+    """
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = shared_tiles(config, m, tile)
-    whole = tiles_n * tiles_m - shared
-    steps = -(-whole // blocks) * bodies + -(-shared * bodies // blocks)
-    weights = tile.rows * tile.body_k
-    cycles = weights * max(
-        tile.block_m / 2048 / 0.8,
-        _decoder(config).instructions_per_weight / 128 / 0.5,
+    waves = (
+        (tiles_n * tiles_m - shared) // blocks if tile.share else -(-tiles_n * tiles_m // blocks)
     )
-    traffic = tile.body_k * 2 * tile.block_m + weights * config.bits / 8
-    cycles = max(cycles, traffic / 45)
-    serial = 4.0 + (2.0 if shared else 0.0)
-    summed = 2 * shared * parts(shared, bodies, blocks) * tile.rows * tile.block_m * 4 / 5e6
-    return steps * cycles / gpu.cycles_per_us + serial + summed
+    most = parts(shared, bodies, blocks) if shared else 1
+    steps = (waves * bodies - (-shared * bodies // blocks)) * tile.body_k
+    per_sm = -(-blocks // gpu.multiprocessors)
+
+    weights = tile.rows * per_sm / gpu.cycles_per_us  # of a value of k, in what a cycle does
+    matrix = weights * tile.block_m / 2048 / 0.89
+    instructions = weights * (_decoder(config).instructions_per_weight + 4.24) / 128
+    read = tile.rows * blocks * (config.bits + 0.25) / 8 / gpu.bytes_per_us
+    step = (matrix**2.76 + instructions**2.76 + read**2.76) ** (1 / 2.76)
+
+    registers = tile.bands * tile.block_m / 2  # of the accumulator
+    even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
+    segments = waves + (0 if not shared else 1 if even else 2)
+    summed = 0.0
+    if most > 1:
+        at_once = max(1, min(4, int(128 / registers) - 1))
+        summed = 1.77 + -(-(most - 1) // at_once) * (0.44 + 0.0295 * registers)
+    return 2.42 + steps * step + segments * 0.055 * registers + summed
 
 
 def launches(

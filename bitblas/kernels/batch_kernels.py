@@ -712,11 +712,13 @@ def batch_kernel(
         gl.warp_specialize([
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
@@ -730,11 +732,13 @@ def batch_kernel(
         gl.warp_specialize([
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
@@ -744,19 +748,23 @@ def batch_kernel(
         gl.warp_specialize([
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
+                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 2, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
+                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 3, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
@@ -770,19 +778,23 @@ def batch_kernel(
         gl.warp_specialize([
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 2, P,
+                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 2, P,
             )),
             (consume, (
                 OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 3, P,
+                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 3, P,
             )),
             (produce, (
                 A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,

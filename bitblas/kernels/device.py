@@ -64,9 +64,10 @@ def take(x, INDEX: gl.constexpr):
 def decode_scale(raw, SCALE_KIND: gl.constexpr):
     """Scales in any encoding -> float32."""
     if SCALE_KIND == "e8m0":
-        byte = raw.to(gl.int32)
-        bits = gl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal in float32
-        return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
+        # 2^-127 is subnormal in float32; infinity, which 255 gives, times zero is NaN
+        bits = gl.maximum(raw.to(gl.int32) << 23, 0x00400000)
+        scale = bits.to(gl.float32, bitcast=True)
+        return gl.fma(scale, gl.zeros_like(scale), scale)
     elif SCALE_KIND == "e4m3":
         return raw.to(gl.float8e4nv, bitcast=True).to(gl.float32)
     else:
