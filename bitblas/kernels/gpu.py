@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .. import cache, plan
+from .. import cache, dense, plan
 from ..config import TORCH_DTYPES, MatmulConfig
 from ..layouts import layout_of
 from ..operands import input_features
@@ -49,6 +49,11 @@ def matmul(
     scale, zeros: (N, G), packed zeros (G, ceil(N*b/8)) int8. bias: (N,). input_scale: (m,) float32.
     global_scale: one float32. The caller has checked all of them.
     """
+    if dense.is_faster(config, A.shape[0], A.device):
+        weight = torch.empty((config.N, config.K), dtype=A.dtype, device=A.device)
+        dequantize(config, W, weight, scale, zeros, global_scale)
+        dense.matmul(A, weight, bias, out)
+        return
     operands = (A, W, scale, zeros, bias, input_scale, global_scale)
     addresses = [x.data_ptr() for x in (*operands, out) if x is not None]
     if reduce(or_, addresses) % 16 == 0:
@@ -313,6 +318,8 @@ def prepare(config: MatmulConfig, operands: Operands) -> Call | None:
     m = A.numel() // max(A.shape[-1], 1)
     packed = not config.is_dense and layout_of(W) is portable.layout(config)
     if not packed or m == 0 or not _all_plain(operands):
+        return None
+    if dense.is_faster(config, m, A.device):
         return None
     return Call(config, operands, m)
 
