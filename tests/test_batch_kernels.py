@@ -48,10 +48,10 @@ CASES += [  # the common products
 
 def compiled(config, m, tile):
     operands = (
-        compat._meta((m, config.K), config.torch_A_dtype),
-        compat._meta(batch.layout(config).shape(config.bits, config.N, config.K), torch.int8),
+        compat.meta((m, config.K), config.torch_A_dtype),
+        compat.meta(batch.layout(config).shape(config.bits, config.N, config.K), torch.int8),
     )
-    out = compat._meta((m, config.N), config.torch_out_dtype)
+    out = compat.meta((m, config.N), config.torch_out_dtype)
     steps = batch.launches(config, *operands, out, **compat.extras(config), tile=tile)
     return [compiler.statistics(compiler.compile_launch(step, 90)) for step in steps]
 
