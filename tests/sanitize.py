@@ -1,4 +1,4 @@
-"""Each kernel of the decode family, and the portable ones, once on small operands.
+"""Each kernel of the decode and batch families, and the portable ones, once on small operands.
 
     compute-sanitizer --tool memcheck python tests/sanitize.py
     compute-sanitizer --tool racecheck python tests/sanitize.py
@@ -18,7 +18,7 @@ import torch
 from compat import make_config
 from problems import Problem, draw, relative_error, tolerance
 
-from bitblas.kernels import decode, portable
+from bitblas.kernels import batch, decode, portable
 from bitblas.kernels.decode import Tile
 from bitblas.kernels.prepared import execute
 
@@ -33,6 +33,12 @@ DECODE = [
     ("uint3", "float16", "quantized", 33, 100, -1, 2, Tile(8, 1, 256, 1, 3)),
     ("nf4", "float16", None, 33, 544, 32, 9, Tile(16, 1, 64, 1, 2)),
     ("nvfp4", "bfloat16", None, 17, 272, 16, 1, Tile(8, 1, 64, 1, 2)),
+]
+BATCH = [  # tiles that are shared among blocks, and ones that are not
+    ("uint4", "float16", "original", 72, 416, 32, 40, batch.Tile(64, 1, 2, 64, 3, 2, 3)),
+    ("uint4", "float16", "quantized", 200, 416, 32, 300, batch.Tile(128, 1, 2, 64, 3, 1, 4)),
+    ("uint3", "bfloat16", "rescale", 33, 520, -1, 17, batch.Tile(32, 2, 2, 256, 2, 1, 2)),
+    ("nf4", "float16", None, 300, 544, 32, 20, batch.Tile(32, 1, 4, 64, 3, 2, 9, share=False)),
 ]
 PORTABLE = [  # both kernels
     ("uint4", "float16", "original", 72, 416, 32, 4, "gemv"),
@@ -62,9 +68,9 @@ def wrong(problem: Problem, out: torch.Tensor, note: object) -> bool:
 
 def main() -> int:
     failed = 0
-    for *case, tile in DECODE:
+    for family, (*case, tile) in [(decode, x) for x in DECODE] + [(batch, x) for x in BATCH]:
         problem, W, out = operands(*case)
-        steps = decode.launches(problem.config, problem.A, W, out, **problem.extras(), tile=tile)
+        steps = family.launches(problem.config, problem.A, W, out, **problem.extras(), tile=tile)
         execute(steps, out.device)
         torch.cuda.synchronize()
         failed += wrong(problem, out, (*case, tile))

@@ -233,19 +233,18 @@ def _fitting(
     per_sm: int,
 ) -> Tile | None:
     """The tile with as many stages as shared memory allows; None where those are too few."""
-    tile_k, group = FRAGMENT_16.block_k(config.bits), _group(config)
-    body_k = stage_k * unroll
-    while stage_k > 64 and group and stage_k > 4 * group:
-        stage_k //= 2
-    blocks = per_sm * gpu.multiprocessors
-    for stage in (stage_k, stage_k // 2, stage_k // 4):
-        if stage < max(64, tile_k):
-            break
-        unroll = max(1, body_k // stage)
-        for stages in range(16, 2 if stage > max(64, tile_k) else 1, -1):
-            tile = Tile(block_m, bands, consumers, stage, stages, unroll, blocks, per_sm=per_sm)
+    least, group = FRAGMENT_16.block_k(config.bits), _group(config)
+    body_k, blocks = stage_k * unroll, per_sm * gpu.multiprocessors
+    if group:
+        stage_k = min(stage_k, 4 * group)  # what is prepared for more groups takes registers
+    stage_k = max(stage_k, least)
+    while stage_k >= least:
+        for stages in range(16, 2 if stage_k > least else 1, -1):
+            unroll = max(1, body_k // stage_k)
+            tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, per_sm=per_sm)
             if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
                 return tile
+        stage_k //= 2
     return None
 
 
