@@ -198,10 +198,10 @@ def _needs_sums(config: MatmulConfig) -> bool:
 
 
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
-    """Shared memory of a block: the ring, and the results on their way out."""
+    """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
     stage = tile.stage_k * (tile.block_m + tile.rows * config.bits // 8)
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
-    return tile.stages * (stage + 16) + out
+    return tile.stages * (stage + 16) + out + 1024
 
 
 def stands_for(measured: int, m: int) -> bool:
