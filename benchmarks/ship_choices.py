@@ -1,9 +1,10 @@
 """Write bitblas/shipped/<GPU>.json: the measured choices that come with the library.
 
-    python benchmarks/ship_choices.py benchmarks/results/h200_decode_tiles.csv "NVIDIA H200"
+    python benchmarks/ship_choices.py "NVIDIA H200" benchmarks/results/h200_decode_tiles.csv
 
 Only where the fastest tile measured is more than 2 % ahead of the one that the plan would take by
 itself, or that one was not measured; for products without a bias whose results are in A's dtype.
+Choices of products that are not in the tables stay.
 """
 
 from __future__ import annotations
@@ -14,38 +15,55 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import bitblas
 from bitblas.config import MatmulConfig
 from bitblas.formats import FORMATS
-from bitblas.kernels import decode
+from bitblas.kernels import batch, decode
 
-FIELDS = [field.name for field in dataclasses.fields(decode.Tile)][:-1]  # all but the kernel
+FAMILIES: dict[str, ModuleType] = {"decode": decode, "batch": batch}
 
 
-def main(results: str, device: str) -> None:
-    measured: dict[tuple[MatmulConfig, int], dict[decode.Tile, float]] = defaultdict(dict)
-    with open(results) as file:
-        for row in csv.DictReader(file):
+def tile_of(kernel: str) -> tuple[ModuleType, Any]:
+    """The family and the tile of "family field field ...": all fields but the last, its name."""
+    name, *values = kernel.split()
+    family = FAMILIES[name]
+    found = {}
+    for field, value in zip(dataclasses.fields(family.Tile), values):
+        number = None if value == "None" else int(value)
+        found[field.name] = bool(number) if field.type == "bool" else number
+    return family, family.Tile(**found)
+
+
+def main(device: str, *results: str) -> None:
+    measured: dict[tuple[ModuleType, MatmulConfig, int], dict[Any, float]] = defaultdict(dict)
+    for table in results:
+        for row in csv.DictReader(open(table)):
             w, _, zeros = row["w"].partition(" ")
             config = MatmulConfig(
                 N=int(row["n"]), K=int(row["k"]), A_dtype=row["a"], W_dtype=w, out_dtype=row["a"],
                 group_size=FORMATS[w].fixed_group_size or int(row["group"]), with_scaling=True,
                 with_zeros=bool(zeros),
             )  # fmt: skip
-            values = [None if x == "None" else int(x) for x in row["kernel"].split()[1:]]
-            tile = decode.Tile(**dict(zip(FIELDS, values)))
-            measured[config, int(row["m"])][tile] = float(row["us"])
-    shipped: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
-    for (config, m), times in measured.items():
-        best = min(times, key=times.__getitem__)
-        planned = decode.candidates(config, m)[0]
-        if times.get(planned, float("inf")) > 1.02 * times[best]:
-            shipped[config.problem_key][str(m)] = dataclasses.asdict(best)
+            family, tile = tile_of(row["kernel"])
+            measured[family, config, int(row["m"])][tile] = float(row["us"])
     path = Path(bitblas.__file__).parent / "shipped" / f"{device.replace(' ', '_')}.json"
+    shipped = json.loads(path.read_text()) if path.exists() else {}
+    chosen = 0
+    for (family, config, m), times in measured.items():
+        best = min(times, key=times.__getitem__)
+        planned = family.candidates(config, m)[0]
+        choices = shipped.setdefault(config.problem_key, {})
+        choices.pop(str(m), None)
+        if times.get(planned, float("inf")) > 1.02 * times[best]:
+            choices[str(m)] = dataclasses.asdict(best)
+            chosen += 1
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(shipped, indent=1) + "\n")
-    print(f"{sum(map(len, shipped.values()))} choices of {len(measured)} products: {path}")
+    found = {key: choices for key, choices in shipped.items() if choices}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{chosen} choices of {len(measured)} products: {path}")
 
 
 if __name__ == "__main__":

@@ -40,15 +40,15 @@ def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple
 @cached
 def families() -> tuple[ModuleType, ...]:
     """The GPU kernel families; what two of them serve, the first serves faster."""
-    from .kernels import decode, portable
+    from .kernels import batch, batch8, decode, portable
 
-    return decode, portable
+    return decode, batch, batch8, portable
 
 
 def _tiles(family: ModuleType, config: MatmulConfig, m: int, device: torch.device) -> list[Any]:
-    from .kernels import decode
+    from .kernels import portable
 
-    more = (_gpu(device),) if family is decode else ()
+    more = () if family is portable else (_gpu(device),)
     return list(family.candidates(config, m, *more))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 from compat import make_config
@@ -107,10 +108,12 @@ class Product:
     shift: bytes by which A misses a multiple of 16.
     """
 
+    family: Any = decode
+
     def __init__(self, problem: Problem, shift: int = 0) -> None:
         self.problem, self.config = problem, problem.config
         self.A = surrounded(problem.A, shift)
-        packed = decode.layout(self.config).pack(problem.codes, self.config.bits)
+        packed = self.family.layout(self.config).pack(problem.codes, self.config.bits)
         self.W = surrounded(packed)
         self.extras = {name: surrounded(x) for name, x in problem.extras().items()}
 
@@ -122,13 +125,14 @@ class Product:
         )
         return out.fill_(float("nan"))
 
-    def launches(
-        self, tile: Tile, out: torch.Tensor, A: torch.Tensor | None = None
-    ) -> list[Launch]:
+    def launches(self, tile: Any, out: torch.Tensor, A: torch.Tensor | None = None) -> list[Launch]:
         A = self.A if A is None else A
-        return decode.launches(self.config, A, self.W, out, **self.extras, tile=tile)
+        steps: list[Launch] = self.family.launches(
+            self.config, A, self.W, out, **self.extras, tile=tile
+        )
+        return steps
 
-    def __call__(self, tile: Tile, A: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, tile: Any, A: torch.Tensor | None = None) -> torch.Tensor:
         out = self.out(None if A is None else A.shape[0])
         execute(self.launches(tile, out, A), out.device)
         assert nothing_written_around(out), f"written outside of the result: {tile} {self.config}"
@@ -137,7 +141,7 @@ class Product:
     def first_rows(self, m: int) -> Product:
         """The product of the first m rows of A."""
         problem = replace(self.problem, A=self.problem.A[:m])
-        product = Product.__new__(Product)
+        product = type(self).__new__(type(self))
         product.__dict__ |= self.__dict__ | {"problem": problem, "A": self.A[:m]}
         return product
 
@@ -172,10 +176,10 @@ def drawn(rng: random.Random, a: str, w: str, zeros: str | None, rows: int) -> t
 class Repeated:
     """A product prepared once, to be started in quick succession."""
 
-    def __init__(self, product: Product, tile: Tile) -> None:
+    def __init__(self, product: Product, tile: Any) -> None:
         self.product, self._out = product, product.out()
         steps = product.launches(tile, self._out)
-        values = [x for step in steps for x in step.arguments.values()]
+        values = [getattr(x, "base", x) for step in steps for x in step.arguments.values()]
         self._operands = [x for x in values if isinstance(x, torch.Tensor)]
         places = {id(x): i for i, x in enumerate(self._operands)}
         device = torch.device("cuda", torch.cuda.current_device())

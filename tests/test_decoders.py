@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from bitblas.formats import FORMATS
-from bitblas.kernels.decoders import PairDecoder, pair_decoder
+from bitblas.kernels.decoders import PairDecoder, operand_decoder, pair_decoder
 from bitblas.layouts import FRAGMENT_16, planes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,19 +32,34 @@ INTEGERS = [(name, dtype) for name, dtype in DECODERS if FORMATS[name].is_intege
 # --- a small PTX machine: every register is a uint32 vector, one element for each lane -----------
 
 
-def execute(asm: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All registers after the instructions. KeyError where one is read that was never written."""
-    registers, declared = dict(inputs), set()
+SHARED = 4096, 1024  # where a block's dynamic shared memory ends, and where it starts
+
+
+def execute(
+    asm: str, inputs: dict[str, np.ndarray], memory: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """All registers after the instructions. KeyError where one is read that was never written.
+
+    memory: words of shared memory up to its end; inputs may be special registers.
+    """
     like = np.zeros_like(next(iter(inputs.values())))
+    size = like + np.uint32(SHARED[0] - SHARED[1])
+    registers = {**inputs, "%dynamic_smem_size": size, "global_smem": like + np.uint32(SHARED[1])}
+    declared = set()
+
+    def places(operand: str) -> np.ndarray:
+        """[register + bytes] -> which words of memory."""
+        register, offset = operand.strip("[]").split(" + ")
+        address = registers[register].astype(np.int64) + int(offset)
+        assert memory is not None and (address % 4 == 0).all()
+        return (address - SHARED[0]) // 4 + len(memory)
 
     def read(operand: str) -> np.ndarray:
         if operand.startswith("0x"):
             return like + np.uint32(int(operand, 16))
         return like + np.uint32(int(operand)) if operand.isdigit() else registers[operand]
 
-    body = asm.strip()
-    assert body[0] == "{" and body[-1] == "}"
-    for line in filter(None, map(str.strip, body[1:-1].split(";"))):
+    for line in filter(None, (line.strip("{} ") for line in asm.split(";"))):
         opcode, rest = line.split(None, 1)
         operands = [operand.strip() for operand in rest.split(",")]
         if opcode == ".reg":
@@ -51,6 +67,13 @@ def execute(asm: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             declared.update(operands)
             continue
         target, sources = operands[0], operands[1:]
+        if opcode == "st.shared.v4.b32":
+            for i, source in enumerate(sources):
+                memory[places(target) + i] = read(source.strip("{} "))
+            continue
+        if opcode == "ld.shared.b32":
+            registers[target] = memory[places(sources[0])]
+            continue
         assert re.fullmatch(r"\$\d+", target) or target in declared, line
         assert target not in inputs, f"an input is overwritten: {line}"
         registers[target] = OPERATIONS[opcode](*map(read, sources)).astype(np.uint32)
@@ -90,21 +113,20 @@ def halves(register: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return words.unsqueeze(-1).view(dtype).double()
 
 
-def _bfloat16_pairs(values: torch.Tensor) -> np.ndarray:
-    """The same in registers; values that bfloat16 would round are no decoder's business."""
-    rounded = values.to(torch.bfloat16)
-    assert torch.equal(rounded.double().nan_to_num(), values.nan_to_num())
-    return rounded.contiguous().view(torch.int32).squeeze(-1).numpy().view(np.uint32)
+def _pairs(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """float64 [..., 2], rounded, in registers."""
+    rounded = values.to(dtype).contiguous()
+    return rounded.view(torch.int32).squeeze(-1).numpy().view(np.uint32)
 
 
-def _fma_bfloat16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    x, y, z = (halves(operand, torch.bfloat16) for operand in (a, b, c))
-    return _bfloat16_pairs(x * y + z)
+def _rounded(operation: Callable[..., torch.Tensor], dtype: torch.dtype) -> Any:
+    """An instruction on packed 16-bit values: exact in float64, rounded once."""
+    return lambda *operands: _pairs(operation(*(halves(x, dtype) for x in operands)), dtype)
 
 
 def _pack_bfloat16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     values = np.stack([low.view(np.float32), high.view(np.float32)], axis=-1)
-    return _bfloat16_pairs(torch.from_numpy(values).double())
+    return _pairs(torch.from_numpy(values).double(), torch.bfloat16)
 
 
 def _subtract_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -123,9 +145,12 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "sub.rn.f32": _subtract_floats,
-    "fma.rn.bf16x2": _fma_bfloat16,
     "cvt.rn.bf16x2.f32": _pack_bfloat16,
 }
+for kind, dtype in (("f16x2", torch.float16), ("rn.bf16x2", torch.bfloat16)):
+    OPERATIONS[f"add.{kind}"] = _rounded(torch.add, dtype)
+    OPERATIONS[f"mul.{kind}"] = _rounded(torch.mul, dtype)
+    OPERATIONS[f"fma.rn.{kind[-6:].lstrip('.')}"] = _rounded(lambda a, b, c: a * b + c, dtype)
 
 
 def test_the_machine_knows_ptx():
@@ -182,22 +207,46 @@ def decoded(name: str, dtype: str, seed: int) -> tuple[PairDecoder, torch.Tensor
     assert decoder is not None
     codes = every_code_everywhere(fmt.bits, seed)
     inputs = pairs_of_words(codes, fmt.bits)
+    if decoder.table_bytes:
+        like = next(iter(inputs.values()))
+        lane = np.zeros_like(like) + 4 * np.arange(like.shape[1], dtype=np.uint32)[:, None] % 128
+        inputs |= {f"${decoder.registers + 2 + i}": lane for i in range(2)}
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
-    outputs = execute(decoder.asm, inputs)
+    outputs = execute(decoder.asm, inputs, filled(decoder))
+    return decoder, *by_place(outputs, codes, inputs, decoder.registers, dtype)
+
+
+def by_place(
+    outputs: dict[str, np.ndarray],
+    codes: torch.Tensor,
+    inputs: dict[str, np.ndarray],
+    registers: int,
+    dtype: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what a decoder wrote, codes that it should have read), both [r3, any]."""
     tiles, lanes, pairs = next(iter(inputs.values())).shape
-    span = 4 * decoder.registers  # values of k in a pair
+    span = 4 * registers  # values of k in a pair
     row = torch.arange(lanes)[:, None] // 32 * 16 + torch.arange(lanes)[:, None] // 4 % 8
     k = torch.arange(pairs) * span + torch.arange(lanes)[:, None] % 4 * 2
     by_tile = codes.view(tiles, FRAGMENT_16.ROWS, -1)
     raw: tuple[list[torch.Tensor], ...] = ([], [])
     wanted: tuple[list[torch.Tensor], ...] = ([], [])
-    for register in range(decoder.registers):
+    for register in range(registers):
         step, x, r3 = register // 4, register // 2 % 2, register % 2
         both = halves(outputs[f"${register}"], DTYPES[dtype])
         for h in range(2):
             raw[r3].append(both[..., h].flatten())
             wanted[r3].append(by_tile[:, row + 8 * r3, k + step * 16 + x * 8 + h].flatten())
-    return decoder, torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
+    return torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
+
+
+def filled(decoder: PairDecoder, warps: int = 8) -> np.ndarray:
+    """The table that the threads of a block write; all ones where nothing is."""
+    memory = np.full(decoder.table_bytes // 4, 0xFFFFFFFF, dtype=np.uint32)
+    if decoder.table_bytes:
+        threads = np.arange(32 * warps, dtype=np.uint32)
+        execute(decoder.fill(warps), {"%tid.x": threads}, memory)
+    return memory
 
 
 def by_row_half(pair: tuple[float, float]) -> torch.Tensor:
@@ -206,6 +255,43 @@ def by_row_half(pair: tuple[float, float]) -> torch.Tensor:
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
+
+
+EXTRAS = {"minus": (3, 1), "scale": (0.3, 1.7), "addend": (-0.15, 0.6)}  # in the two row halves
+
+
+@pytest.mark.parametrize(
+    ("based", "scaled", "added"),
+    [(False, False, False), (False, True, False), (True, True, False), (True, True, True),
+     (True, False, True), (False, True, True)],
+)  # fmt: skip
+@pytest.mark.parametrize(("name", "dtype"), DECODERS)
+def test_operands_are_scaled_weights(name, dtype, based, scaled, added, seed):
+    """Rounded once, from a code less an integer zero point, which is exact."""
+    fmt = FORMATS[name]
+    if (based or added) and not fmt.is_integer:
+        pytest.skip("only integers have zero points")
+    decoder = operand_decoder(fmt, dtype, based, scaled, added)
+    codes = every_code_everywhere(fmt.bits, seed)
+    inputs = pairs_of_words(codes, fmt.bits)
+    words, first = dict(inputs), decoder.registers + len(inputs)
+    given = {key: by_row_half(EXTRAS[key]).to(DTYPES[dtype]).double() for key in EXTRAS}
+    for key, there in (("minus", based), ("scale", scaled), ("addend", added)):
+        if there:
+            given_here = -(given[key] + by_row_half(decoder.base)) if key == "minus" else given[key]
+            for r3 in range(2):
+                both = _pairs(given_here[r3].expand(*words[f"${decoder.registers}"].shape, 2),
+                              DTYPES[dtype])  # fmt: skip
+                inputs |= {f"${first}": both, f"${first + 1}": both}
+                first += 2
+    assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
+    found, codes = by_place(
+        execute(decoder.asm, inputs), codes, words, decoder.registers, dtype
+    )  # fmt: skip
+    values = fmt.to_values(codes, DTYPES[dtype]).double() - based * given["minus"]
+    values = values / decoder.unit * (given["scale"] if scaled else 1)
+    values = values + added * given["addend"]
+    assert same(found, values.to(DTYPES[dtype]).double())
 
 
 def test_every_packed_format_has_a_decoder():
@@ -228,6 +314,23 @@ def test_signs_of_zeros_survive(name, dtype, seed):
     values = FORMATS[name].to_values(codes)
     zeros = values == 0
     assert torch.equal(raw[zeros].signbit(), values[zeros].signbit())
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4_e2m1"])
+def test_a_table_does_not_depend_on_how_many_warps_fill_it(name):
+    decoder = pair_decoder(FORMATS[name], "float16")
+    assert np.array_equal(filled(decoder, 16), filled(decoder, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoded_nvfp4_times_any_scale_is_exact(dtype):
+    """Which is why the kernel multiplies the weight instead of the sums of a group."""
+    decoder = pair_decoder(FORMATS["nvfp4"], dtype)
+    assert decoder.scalable
+    raw = torch.tensor(FORMATS["nvfp4"].code_values(), dtype=torch.float64) / decoder.unit[0]
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(DTYPES[dtype])
+    products = raw.to(DTYPES[dtype])[:, None] * scales
+    assert same(products.double(), raw[:, None] * scales.double())
 
 
 @pytest.mark.parametrize(("name", "dtype"), INTEGERS)

@@ -17,6 +17,11 @@ SAMPLE = [  # activation, weight, zeros mode, group size, m: each decoder, one a
     ("bfloat16", "nf4", None, 64, 1),
     ("float16", "e4m3_float8", None, 128, 4),
     ("bfloat16", "nvfp4", None, 16, 16),
+    ("float16", "uint4", "original", 128, 64),
+    ("bfloat16", "int2", None, 64, 32),
+    ("float16", "uint3", "rescale", 128, 128),
+    ("bfloat16", "nf4", None, 64, 256),
+    ("float16", "nvfp4", None, 16, 4096),
 ]
 GLUON_FAMILIES = [name for name in compat.families() if name != "portable"]
 needs_gluon = pytest.mark.skipif(

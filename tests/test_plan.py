@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitblas import MatmulConfig, cache, plan
-from bitblas.kernels import decode, portable
+from bitblas.kernels import batch, batch8, decode, portable
 
 DEVICE = torch.device("cuda", 0)
 
@@ -40,11 +40,13 @@ def test_without_a_choice_the_cost_model_decides(h200):
     assert not cache.recorded_choices(config, "NVIDIA H200")
     for m in (1, 5, 16):
         assert plan.pick(config, m, DEVICE) == (decode, decode.candidates(config, m)[0])
-    assert plan.pick(config, 17, DEVICE) == (portable, portable.candidates(config, 17)[0])
+    for m in (17, 64, 300, 4096):
+        assert plan.pick(config, m, DEVICE) == (batch, batch.candidates(config, m)[0])
 
 
 def test_a_recorded_portable_tile_serves_down_to_half_its_rows(h200, monkeypatch):
     config = product(5120, 3072)
+    monkeypatch.setattr(plan, "_architecture", lambda device: 80)
     tile = portable.candidates(config, 64)[1]
     monkeypatch.setattr(cache, "recorded_choices", lambda *_: {64: dataclasses.asdict(tile)})
     assert tile != portable.candidates(config, 64)[0]
@@ -60,3 +62,30 @@ def test_a_recorded_decode_tile_is_not_taken_where_the_family_does_not_serve(h20
     assert plan.pick(config, 9, DEVICE) == (decode, tile)
     monkeypatch.setattr(plan, "_architecture", lambda device: 80)
     assert plan.pick(config, 9, DEVICE)[0] is portable
+
+
+def test_rows_that_no_16_bytes_start_on_stay_portable(h200):
+    """K = 3073: TMA, which the batch family loads A by, cannot read them."""
+    config = MatmulConfig(N=5120, K=3073, A_dtype="float16", W_dtype="uint4", group_size=-1)
+    assert plan.pick(config, 64, DEVICE)[0] is portable
+
+
+def test_a_recorded_batch_tile_serves_the_rows_that_share_it(h200, monkeypatch):
+    config = product(5120, 3072)
+    tile = batch.candidates(config, 64)[-1]
+    monkeypatch.setattr(cache, "recorded_choices", lambda *_: {64: dataclasses.asdict(tile)})
+    for m in (33, 50, 64):
+        assert plan.pick(config, m, DEVICE) == (batch, tile)
+    for m in (32, 65):
+        assert plan.pick(config, m, DEVICE) == (batch, batch.candidates(config, m)[0])
+
+
+def test_int8_activations_go_to_their_family(h200, monkeypatch):
+    config = MatmulConfig(
+        N=5120, K=3072, A_dtype="int8", W_dtype="int4", group_size=128, with_scaling=True
+    )
+    for m in (1, 16, 17, 300, 4096):
+        assert plan.pick(config, m, DEVICE) == (batch8, batch8.candidates(config, m)[0])
+    assert plan.pick(dataclasses.replace(config, group_size=64), 64, DEVICE)[0] is portable
+    monkeypatch.setattr(plan, "_architecture", lambda device: 80)
+    assert plan.pick(config, 64, DEVICE)[0] is portable

@@ -70,6 +70,7 @@ class Source:
 
     def __init__(self, launch: Launch) -> None:
         self.function = function = launch.function
+        self.extra_shared = launch.extra_shared
         self.signature: dict[str, str] = {}
         self.constants: dict[str, Any] = {}
         self.attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -99,7 +100,7 @@ class Source:
     def key(self) -> str:
         """Which kernel this is, among those of this process."""
         function = self.function.fn
-        fields = (self.signature, self.attributes, self.constants, self.options)
+        fields = (self.signature, self.attributes, self.constants, self.options, self.extra_shared)
         return f"{function.__module__}.{function.__qualname__} {fields}"
 
     def compiled(self, arch: int) -> Any:
@@ -138,7 +139,7 @@ class Source:
             with os.fdopen(handle, "w") as file:
                 json.dump({"hash": compiled.hash, "file": compiled.src.name[:150]}, file)
             os.replace(temporary, path)
-        return Binary.from_metadata(compiled.metadata._asdict(), compiled.asm["cubin"])
+        return self._with_metadata(compiled.metadata._asdict(), compiled.asm["cubin"])
 
     def _find(self, arch: int) -> Binary | None:
         """The binary that the index leads to; None where any part of it is gone."""
@@ -154,7 +155,11 @@ class Source:
             cubin = Path(group[f"{entry['file']}.cubin"]).read_bytes()
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return Binary.from_metadata(metadata, cubin)
+        return self._with_metadata(metadata, cubin)
+
+    def _with_metadata(self, metadata: dict[str, Any], cubin: bytes) -> Binary:
+        shared = -(-metadata["shared"] // 16) * 16 + self.extra_shared
+        return Binary.from_metadata({**metadata, "shared": shared}, cubin)
 
     def _index_path(self, arch: int) -> Path:
         from triton import knobs

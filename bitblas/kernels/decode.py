@@ -90,6 +90,33 @@ def _group(config: MatmulConfig) -> int:
     return config.group_length
 
 
+def _scaled_operand(config: MatmulConfig) -> bool:
+    """Whether scales multiply the decoded weight: where that is exact. Groups of 16 values would
+    cost as much in the accumulator of 8 rows of A, and twice that in one of 16."""
+    e4m3 = config.with_scaling and config.format.scale_encoding == "e4m3"
+    return e4m3 and _group(config) == 16 and _decoder(config).scalable
+
+
+def _needs_sums(config: MatmulConfig) -> bool:
+    """Whether products need the sums of A."""
+    return config.with_zeros or _decoder(config).shift != (0.0, 0.0)
+
+
+def _shared_k(config: MatmulConfig, tile: Tile) -> int:
+    """Values of k that a warp multiplies before it turns to the next scales, in groups."""
+    return min(_group(config), tile.depth * tile.unit_k)
+
+
+def _sums_ahead(config: MatmulConfig, m: int, tile: Tile) -> bool:
+    """Whether a block adds A up before it starts, for all its tiles: not where products for a tile
+    or two, which overlap with the rest, take less, nor where reading the weights takes longest."""
+    if not _needs_sums(config) or _group(config) == 0:
+        return False
+    if rows_of_a(m) == 1:
+        return config.bits < 4
+    return config.bits <= 4 and -(-config.N // (16 * tile.bands)) > 2 * tile.blocks
+
+
 def rows_of_a(m: int) -> int:
     """Rows of A that a block stages: 1, 8 or 16."""
     return 1 if m == 1 else 8 if m <= 8 else 16
@@ -105,11 +132,13 @@ def iterations(config: MatmulConfig, tile: Tile) -> int:
 
 
 def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Shared memory of a block: its slab of A and the partial sums of its warps."""
+    """Shared memory of a block: its slab of A, the partial sums of its warps, a decoder's table."""
     rows = rows_of_a(m)
     iteration = tile.depth * tile.warps * tile.unit_k
     slab = iterations(config, tile) * iteration
-    return 2 * slab * rows + 4 * tile.warps * rows * 16 * tile.bands
+    table = _decoder(config).table_bytes
+    totals = 4 * slab // _shared_k(config, tile) * rows if _sums_ahead(config, m, tile) else 0
+    return 2 * slab * rows + totals + 4 * tile.warps * rows * 16 * tile.bands + table
 
 
 # (warps, bands, bands * depth, blocks on a multiprocessor), by rows of A that a block stages: those
@@ -123,6 +152,16 @@ _SHAPES = {
         *((8, 1, 8, 1), (8, 2, 16, 1), (8, 4, 8, 1), (8, 4, 16, 1)),
     ),
 }
+
+
+def _limit(tile: Tile) -> int:
+    """Registers that a thread can have."""
+    return 128 if tile.max_registers or tile.warps == 16 else 255
+
+
+def _registers_of_groups(tile: Tile, rows: int, count: int) -> int:
+    """What the sums of all groups of an iteration would take."""
+    return count * tile.bands * (8 if rows == 16 else 4)
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -165,15 +204,16 @@ def _fitting(
     group, wide_scales = _group(config), config.format.scale_encoding is None
     # registers of a lane, in fours, for an iteration's words, and bytes for its groups' scales
     most_words = 8 if crowded or (heavy and bands == 4) else 16
+    most_scales = (16 if crowded else 32) * (2 if _scaled_operand(config) else 1)
     words = len(planes(config.bits)) * bands
     while depth > 1 and (
         depth * words > most_words
         or warps * unit * depth > config.K
-        or bands * _scale_bytes(config, unit * depth) > (16 if crowded else 32)
-        or (rows == 16 and wide_scales and group and unit * depth > 4 * group)
+        or bands * _scale_bytes(config, unit * depth) > most_scales
+        or (rows == 16 and wide_scales and group and unit * depth > 8 * group)
     ):
         depth //= 2
-    if bands > 1 and bands * _scale_bytes(config, unit * depth) > 40:
+    if bands > 1 and bands * _scale_bytes(config, unit * depth) > max(40, most_scales):
         return None  # groups of a few values: spills
     blocks = min(-(-config.N // (16 * bands)), gpu.multiprocessors * per_sm)
     registers = 128 if blocks > gpu.multiprocessors else None  # two blocks share one's registers
@@ -206,7 +246,8 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     rows = rows_of_a(m)
     columns = 2 if rows == 16 else 1  # in units of 8
     decoder = _decoder(config)
-    sums = int(config.with_zeros or decoder.shift != (0.0, 0.0))
+    sums = int(_needs_sums(config))
+    products = sums and not _sums_ahead(config, m, tile)  # by which the sums come
     group, warp_k = _group(config), tile.depth * tile.unit_k
     tiles = -(-config.N // (16 * tile.bands))
     per_sm = -(-tile.blocks // gpu.multiprocessors)
@@ -214,10 +255,11 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     walked = waves * per_sm  # tiles of the busiest multiprocessor
     steps = iterations(config, tile) * tile.slabs
 
+    folds = (4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0
     instructions = (  # for a lane's weight
         decoder.instructions_per_weight
-        + 3.76 * columns * (1 + sums / tile.bands) / 8  # matrix instructions
-        + ((4 * columns * (1 + sums) + 6) / (min(group, warp_k) / 2) if group else 0)
+        + 3.76 * columns * (1 + products / tile.bands) / 8  # matrix instructions
+        + (0.65 if _scaled_operand(config) else folds)
         + columns / (16 * tile.bands)
         + 120 / (warp_k * tile.bands)
     )
@@ -271,7 +313,7 @@ def launches(
         "A": A,
         "W": W.view(torch.int32),
         "OUT": out,
-        "SCALE": scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale,
+        "SCALE": _as_read(config, tile, scale),
         "ZEROS": zeros,
         "BIAS": bias,
         "GLOBAL_SCALE": global_scale,
@@ -288,12 +330,20 @@ def launches(
     options: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
     if tile.max_registers is not None:
         options["maxnreg"] = tile.max_registers
-    from . import decode_kernels
+    from .decode_kernels import decode_kernel
 
-    grid = (min(tile.blocks, tiles),)
-    return [
-        Launch(decode_kernels.decode_kernel, grid, arguments, constants, tile.warps, 1, options)
-    ]
+    grid, table = (min(tile.blocks, tiles),), _decoder(config).table_bytes
+    return [Launch(decode_kernel, grid, arguments, constants, tile.warps, 1, options, table)]
+
+
+def _as_read(config: MatmulConfig, tile: Tile, scale: torch.Tensor | None) -> torch.Tensor | None:
+    """Scales of a byte: four in a word where a warp reads so many of a row, which fewer registers
+    hold, else bytes."""
+    if scale is None or scale.itemsize > 1:
+        return scale
+    groups = tile.depth * tile.unit_k // _group(config) if _group(config) else 1
+    words = groups % 4 == config.num_groups % 4 == scale.data_ptr() % 4 == 0 and groups > 0
+    return scale.view(torch.int32 if words else torch.uint8)
 
 
 @lru_cache(maxsize=4096)
@@ -311,6 +361,9 @@ def _constants(
     steps = iterations(config, tile)
     warp_k = tile.depth * tile.unit_k
     count = max(1, warp_k // group) if group else 1
+    ahead, one, factors = _sums_ahead(config, rows, tile), decoder.one, (1.0, 1.0)
+    if ahead:
+        one, factors = factors, one
     return {
         "BITS": config.bits,
         "WIDTH": widths[0],
@@ -318,11 +371,15 @@ def _constants(
         "TILE_K": FRAGMENT_16.block_k(config.bits),
         "ASM": decoder.asm,
         "CONSTRAINTS": decoder.constraints,
+        "FILL": decoder.fill(tile.warps),
         "UNIT": decoder.unit,
-        "ONE": decoder.one,
-        "SHIFT": decoder.shift,
-        "ZERO": decoder.zero,
-        "SUMS": with_zeros or decoder.shift != (0.0, 0.0),
+        "ONE": one,
+        "SHIFT": tuple(x * o for x, o in zip(decoder.shift, factors)),
+        "ZERO": tuple(x * o for x, o in zip(decoder.zero, factors)),
+        "SUMS": _needs_sums(config),
+        "AHEAD": ahead,
+        "SCALED": _scaled_operand(config),
+        "IN_PLACE": group != 0 and 5 * _registers_of_groups(tile, rows, count) > 2 * _limit(tile),
         "SCALE_KIND": (config.format.scale_encoding or "float") if with_scale else "none",
         "ZEROS_KIND": config.zeros_mode if with_zeros else "none",
         "GROUP": group,

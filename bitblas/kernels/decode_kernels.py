@@ -15,6 +15,9 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     SPAN: values of k in a pair of words, STEPS = SPAN / 16 of the matrix instruction's k-steps.
     GROUP: values of k that share a scale, a power of two from 16 up; 0: one scale for a row.
     SUMS: whether the sums of A are needed (zero points, or codes with an offset).
+    AHEAD: they are added up before, for all tiles of a block, not by a product in each. ONE is 1.
+    SCALED: scales multiply the row operand, where that is exact, instead of the sums of a group.
+    IN_PLACE: those are multiplied one group after the other, for want of registers.
     raw value, UNIT, ONE, SHIFT, ZERO: from the decoder, a value for each half of 16 rows:
         sum of value * a = UNIT * (sum of raw * a + (ZERO * zero point - SHIFT) * sum of ONE * a).
         Everything but the factor UNIT is applied group by group; that one is left to the end.
@@ -25,21 +28,18 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 
 from __future__ import annotations
 
+from .device import (
+    decode_scale,
+    keep_loads_here,
+    let_next_kernel_start,
+    packed_zeros,
+    powers,
+    take,
+    wait_for_previous_kernel,
+)
 from .versions import async_copy, copy_async, gl, gluon, mma_v2, reinterpret, thread_barrier
 
 # --- layouts ---------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def powers(count, dims, dim):
-    """Bases 1, 2, .. count/2 along one of `dims` dimensions."""
-    bases, step = [], 1
-    while step < count:
-        basis = [0] * dims
-        basis[dim] = step
-        bases.append(basis)
-        step *= 2
-    return bases
 
 
 @gluon.constexpr_function
@@ -109,43 +109,15 @@ def staging_layout(WARPS, ROWS, UNIT_K, VECTOR):
 
 
 @gluon.jit
-def wait_for_previous_kernel():
-    """Until the kernels before this one in the stream are complete (programmatic launch).
+def lane_offset():
+    """4 * lane: a scalar to the compiler, which need not know that lanes differ.
 
-    The volatile assembly is also where the compiler stops moving loads down.
+    What decoders read of their table depends on it, so nothing is read before it is written.
     """
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %laneid; shl.b32 $0, t, 2; }", "=r", [], dtype=gl.int32,
+        is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@gluon.jit
-def let_next_kernel_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def keep_loads_here():
-    """No load moves across: else the compiler gathers all loads of an iteration at its end."""
-    gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def take(x, INDEX: gl.constexpr):
-    """x[..., INDEX] of a register dimension: splits cost no instruction."""
-    COUNT: gl.constexpr = x.shape[len(x.shape) - 1]
-    if COUNT == 1:
-        return x.reshape(x.shape[: len(x.shape) - 1])
-    else:
-        even, odd = gl.split(x.reshape(x.shape[: len(x.shape) - 1] + [COUNT // 2, 2]))
-        if INDEX % 2 == 0:
-            return take(even, INDEX // 2)
-        else:
-            return take(odd, INDEX // 2)
 
 
 @gluon.jit
@@ -183,16 +155,12 @@ def ones_operand(
 
 
 @gluon.jit
-def decode_scale(raw, SCALE_KIND: gl.constexpr):
-    """Scales in any encoding -> float32."""
-    if SCALE_KIND == "e8m0":
-        byte = raw.to(gl.int32)
-        bits = gl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal in float32
-        return gl.where(byte == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
-    elif SCALE_KIND == "e4m3":
-        return raw.to(gl.float8e4nv, bitcast=True).to(gl.float32)
+def stored_scale(scales, INDEX: gl.constexpr, SCALE_KIND: gl.constexpr):
+    """scales[..., INDEX] as it is stored; encoded ones may come four in a word."""
+    if SCALE_KIND == "e8m0" and scales.dtype == gl.int32:
+        return (take(scales, INDEX // 4) >> (8 * (INDEX % 4))) & 0xFF
     else:
-        return raw.to(gl.float32)
+        return take(scales, INDEX)
 
 
 # --- loads -----------------------------------------------------------------------------------
@@ -356,15 +324,7 @@ def load_packed_zeros(
         group = (first_k + warp * WARP_K) // GROUP + each
     n = tile * (16 * BANDS) + row
     mask = valid & (n < N) & (group < G)
-    row_bytes = (N * BITS + 7) // 8
-    bit = n * BITS
-    byte = bit // 8
-    pointer = POINTER + (group.to(gl.int64) * row_bytes + byte)
-    value = gl.load(pointer, mask=mask, other=0).to(gl.int32) & 0xFF
-    if 8 % BITS != 0:  # codes may cross into the next byte
-        high = gl.load(pointer + 1, mask=mask & (byte + 1 < row_bytes), other=0)
-        value = value | ((high.to(gl.int32) & 0xFF) << 8)
-    return (value >> (bit % 8)) & ((1 << BITS) - 1)
+    return packed_zeros(POINTER, n, group, N, mask, BITS)
 
 
 @gluon.jit
@@ -378,6 +338,11 @@ def load_scales_and_zeros(
     nothing = gl.zeros([WARPS, 16 * BANDS, COUNT], gl.int32, scales_layout(WARPS, BANDS, COUNT))
     if SCALE_KIND == "none":
         scale = nothing
+    elif SCALE.dtype.element_ty == gl.int32:  # four bytes each
+        scale = load_groups(
+            SCALE, tile, first_k, N, G // 4, valid, 4 * GROUP, ALIGNED, EXACT, ROWS_EXACT,
+            COUNT // 4, WARPS, BANDS, WARP_K,
+        )  # fmt: skip
     else:
         scale = load_groups(
             SCALE, tile, first_k, N, G, valid, GROUP, ALIGNED, EXACT, ROWS_EXACT, COUNT,
@@ -447,7 +412,69 @@ def stage_activations(
     thread_barrier()
 
 
+@gluon.constexpr_function
+def units_added_at_once(ROWS, UNIT_K, units, PER_SUM):
+    """Of the `units` of a piece: whole sums, of 32 values in a thread where that can be."""
+    return max(PER_SUM, min(units, 1024 // (ROWS * UNIT_K)))
+
+
+@gluon.jit
+def sum_activations(
+    a_smem, totals_smem, PER_SUM: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+    UNIT_K: gl.constexpr,
+):  # fmt: skip
+    """Sums of a slab of A over the k of PER_SUM units, or of equal parts of a unit.
+
+    To totals_smem, [chunks, sums of a chunk, WARPS, ROWS].
+    """
+    UNITS: gl.constexpr = a_smem.shape[1]
+    CHUNKS: gl.constexpr = totals_smem.shape[0] // a_smem.shape[0]  # of a piece
+    CHUNK: gl.constexpr = UNITS // CHUNKS  # units
+    PARTS: gl.constexpr = totals_smem.shape[1] * PER_SUM // CHUNK  # of a unit, a sum for each
+    ALONG: gl.constexpr = 32 // ROWS
+    L: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, UNIT_K // ALONG], [1, 1, ROWS, ALONG], [1, WARPS, 1, 1], [3, 2, 1, 0]
+    )  # fmt: skip
+    COUNT: gl.constexpr = totals_smem.shape[0]
+    for i in gl.static_range(COUNT):
+        chunk = a_smem.index(i // CHUNKS).slice(i % CHUNKS * CHUNK, CHUNK, 0)
+        values = chunk.load(L).to(gl.float32)
+        values = values.reshape([CHUNK // PER_SUM, PER_SUM, WARPS, ROWS, PARTS, UNIT_K // PARTS])
+        totals = gl.sum(gl.sum(values, axis=1), axis=4)
+        totals = totals.permute([0, 3, 1, 2]).reshape([totals_smem.shape[1], WARPS, ROWS])
+        totals_smem.index(i).store(totals)
+    thread_barrier()
+
+
 # --- the product -----------------------------------------------------------------------------
+
+
+@gluon.jit
+def load_totals(totals_smem, which, MMA: gl.constexpr):
+    """What sum_activations found, as columns of the accumulator: [WARPS, 1, columns]."""
+    COUNT: gl.constexpr = totals_smem.shape[0] * totals_smem.shape[1]
+    totals = reinterpret(
+        totals_smem, gl.float32, [COUNT, totals_smem.shape[2], totals_smem.shape[3]],
+        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
+    ).index(which)  # fmt: skip
+    if totals.shape[1] == 1:
+        one = totals.reshape([totals.shape[0]]).load(gl.SliceLayout(1, gl.SliceLayout(2, MMA)))
+        return one.expand_dims(1).expand_dims(2)
+    else:
+        return totals.load(gl.SliceLayout(1, MMA)).expand_dims(1)
+
+
+@gluon.jit
+def multiply_add(x, y, z, IN_PLACE: gl.constexpr):
+    """x * y + z. LLVM gathers those of all groups at the end of an iteration, where the sums of
+    each group wait for it in registers of their own: not IN_PLACE, where it happens here."""
+    if IN_PLACE:
+        return gl.inline_asm_elementwise(
+            "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=gl.float32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return gl.fma(x, y, z)
 
 
 @gluon.jit
@@ -455,12 +482,12 @@ def fold(
     acc, part, sums, scale, zero,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    WARPS: gl.constexpr, BANDS: gl.constexpr, MMA: gl.constexpr,
+    IN_PLACE: gl.constexpr, WARPS: gl.constexpr, BANDS: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """acc + the sums of raw products of one group, with everything that applies to the group.
 
-    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns]; scale, zero: [WARPS, rows],
-    as they are stored.
+    part: [WARPS, rows, columns]; sums: of A, [WARPS, 16, columns], or from load_totals; scale,
+    zero: [WARPS, rows], as they are stored.
     """
     ROWS: gl.constexpr = 16 * BANDS
     SL: gl.constexpr = gl.SliceLayout(2, MMA)
@@ -480,9 +507,9 @@ def fold(
         acc = acc + part
     else:
         factor, part = gl.broadcast(scale.expand_dims(2), part)
-        acc = gl.fma(part, factor, acc)
+        acc = multiply_add(part, factor, acc, IN_PLACE)
     if SUMS:
-        if BANDS > 1:
+        if BANDS > 1 and sums.shape[1] > 1:
             COLUMNS: gl.constexpr = sums.shape[2]
             wide = acc.reshape([WARPS, BANDS, 16, COLUMNS])
             sums = gl.convert_layout(
@@ -490,9 +517,59 @@ def fold(
             )  # fmt: skip
             sums, wide = gl.broadcast(sums, wide)
             sums = gl.convert_layout(sums.reshape([WARPS, ROWS, COLUMNS]), MMA, assert_trivial=True)
-        offset, sums = gl.broadcast(offset.expand_dims(2), sums)
-        acc = gl.fma(sums, offset, acc)
+        offset, acc = gl.broadcast(offset.expand_dims(2), acc)
+        sums, acc = gl.broadcast(sums, acc)
+        acc = multiply_add(sums, offset, acc, IN_PLACE)
     return acc
+
+
+@gluon.jit
+def words_of_bytes(bytes):
+    """uint8 [.., 4 * words] -> int32 [.., words]."""
+    SHAPE: gl.constexpr = bytes.shape[:2] + [bytes.shape[2] // 4, 2, 2]
+    even, odd = gl.split(bytes.to(gl.int32).reshape(SHAPE))
+    low, high = gl.split(even | (odd << 8))
+    return low | (high << 16)
+
+
+@gluon.jit
+def scale_pair(words, HIGH: gl.constexpr, DTYPE: gl.constexpr):
+    """Two of the four e4m3 scales in a word -> a register of them in the operand's dtype."""
+    CHOSEN: gl.constexpr = "{ .reg .b16 a, b; .reg .b32 t; .reg .f32 x, y; mov.b32 {a, b}, $1; " + (
+        "cvt.rn.f16x2.e4m3x2 t, b; " if HIGH else "cvt.rn.f16x2.e4m3x2 t, a; "
+    )
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            CHOSEN + "mov.b32 $0, t; }", "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            CHOSEN + "mov.b32 {a, b}, t; cvt.f32.f16 x, a; cvt.f32.f16 y, b; "
+            "cvt.rn.bf16x2.f32 $0, y, x; }",
+            "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def times_scales(a, pairs, ODD: gl.constexpr, MMA: gl.constexpr):
+    """The row operand times its rows' scales, the ODD ones or the others of pairs [WARPS, rows]."""
+    dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    pairs = gl.convert_layout(pairs, gl.SliceLayout(2, dA), assert_trivial=True).expand_dims(2)
+    like = gl.full(a.shape, 0, gl.int32, dA)
+    pairs, like = gl.broadcast(pairs, like)
+    CHOSEN: gl.constexpr = "{ .reg .b16 a, b; .reg .b32 t; mov.b32 {a, b}, $2; mov.b32 t, " + (
+        "{b, b}; " if ODD else "{a, a}; "
+    )
+    if a.dtype == gl.float16:
+        return gl.inline_asm_elementwise(
+            CHOSEN + "mul.rn.f16x2 $0, $1, t; }", "=r,r,r,r", [a, pairs], dtype=gl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            CHOSEN + "mul.rn.bf16x2 $0, $1, t; }", "=r,r,r,r", [a, pairs], dtype=gl.bfloat16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -511,8 +588,10 @@ def load_operand(a_smem, unit, SINGLE: gl.constexpr, dB: gl.constexpr):
 
 @gluon.jit
 def multiply_unit(
-    main, extra, b, scales, zeros, ones, acc, part, sums,
-    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr,
+    main, extra, lane, b, scales, zeros, ones, totals_smem, first_total, acc, part, sums,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, LOOKUP: gl.constexpr, SCALED: gl.constexpr,
+    AHEAD: gl.constexpr, IN_PLACE: gl.constexpr,
+    WIDTH: gl.constexpr, EXTRA: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, SUMS: gl.constexpr, GROUP: gl.constexpr,
     ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
     WARPS: gl.constexpr, BANDS: gl.constexpr, UNIT_K: gl.constexpr, WARP_K: gl.constexpr,
@@ -521,9 +600,10 @@ def multiply_unit(
     """acc, part and sums with the products of one unit added.
 
     part, sums: of the group that is not complete yet (without groups: of the row), acc: of the
-    groups before. main, extra: words as load_plane returns them; b: [WARPS, UNIT_K, columns];
-    scales, zeros: [WARPS, rows, groups of an iteration]; ones: as ones_operand gives it. FIRST: the
-    unit's first k in its iteration.
+    groups before; SCALED: of odd steps. main, extra: words as load_plane returns them; lane: as
+    lane_offset gives it; b: [WARPS, UNIT_K, columns]; scales, zeros: [WARPS, rows, groups of an
+    iteration], e8m0 and SCALED ones in words of four where they were read so; ones: as ones_operand
+    gives it. FIRST: the unit's first k in its iteration; first_total: the iteration's first sum.
     """
     ROWS: gl.constexpr = 16 * BANDS
     dA: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -537,6 +617,7 @@ def multiply_unit(
     PER_PART: gl.constexpr = IN_UNIT // SPAN if IN_UNIT > SPAN else 1  # pairs decoded together
     PARTS: gl.constexpr = PAIRS // PER_PART
     DTYPE: gl.constexpr = b.dtype
+    FOLDED: gl.constexpr = GROUP != 0 and not SCALED
 
     w = main.reshape([WARPS, BANDS, CHUNKS, 8, 4, 2, 2]).permute([0, 1, 3, 4, 2, 5, 6])
     w = w.reshape([WARPS, BANDS, 8, 4, PARTS, PER_PART, 2]).permute([0, 1, 2, 3, 5, 6, 4])
@@ -560,6 +641,8 @@ def multiply_unit(
         if EXTRA != 0:
             both = gl.join(take(e, p), take(e, p))
             operands = [words, gl.convert_layout(both, words.type.layout, assert_trivial=True)]
+        if LOOKUP:
+            operands = [words, lane]
         if DTYPE == gl.float16:
             o = gl.inline_asm_elementwise(
                 ASM, CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // WIDTH), is_pure=True,
@@ -579,22 +662,38 @@ def multiply_unit(
             a = gl.convert_layout(a, dA, assert_trivial=True)
             bt = take(bp, t).reshape([WARPS, PER_PART * 16, COLUMNS])
             bt = gl.convert_layout(bt, dB, assert_trivial=True)
-            if GROUP != 0 and (FIRST + p * PER_PART * SPAN + t * 16) % SHARED == 0:
+            if FOLDED and (FIRST + p * PER_PART * SPAN + t * 16) % SHARED == 0:
                 part = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
                 sums = gl.zeros([WARPS, 16, COLUMNS], gl.float32, MMA)
-            part = mma_v2(a, bt, part)
-            if SUMS:
+            if SCALED:
+                words = take(scales, (FIRST + p * SPAN) // (4 * GROUP))
+                pair = scale_pair(words, (FIRST + p * SPAN) // (2 * GROUP) % 2, DTYPE)
+                a = times_scales(a, pair, t % 2, MMA)
+            if SCALED and t % 2 == 1:  # two chains of products
+                acc = mma_v2(a, bt, acc)
+            else:
+                part = mma_v2(a, bt, part)
+            if SUMS and not AHEAD:
                 sums = mma_v2(ones, bt, sums)
             # k up to which this step completes the iteration: its last pair's, its own
             if (
-                GROUP != 0
+                FOLDED
                 and (FIRST + (p * PER_PART + PER_PART - 1) * SPAN + t * 16 + 16) % SHARED == 0
             ):
+                known = sums
+                if AHEAD:
+                    known = load_totals(
+                        totals_smem, first_total + (FIRST + p * PER_PART * SPAN + t * 16) // SHARED,
+                        MMA,
+                    )  # fmt: skip
                 acc = fold(
-                    acc, part, sums,
-                    take(scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
+                    acc, part, known,
+                    stored_scale(
+                        scales, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED, SCALE_KIND
+                    ),
                     take(zeros, (FIRST + p * PER_PART * SPAN + t * 16) // SHARED),
-                    SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, WARPS, BANDS, MMA,
+                    SCALE_KIND, ZEROS_KIND, SUMS, ONE, SHIFT, ZERO, IN_PLACE, WARPS, BANDS,
+                    MMA,
                 )  # fmt: skip
     return acc, part, sums
 
@@ -641,7 +740,7 @@ def finish_tile(
     if GROUP == 0:
         acc = fold(
             acc, part, sums, take(scales, 0), take(zeros, 0), SCALE_KIND, ZEROS_KIND, SUMS, ONE,
-            SHIFT, ZERO, WARPS, BANDS, MMA,
+            SHIFT, ZERO, False, WARPS, BANDS, MMA,
         )  # fmt: skip
     unit = per_row(UNIT, WARPS, ROWS, gl.SliceLayout(2, MMA)).expand_dims(2)
     unit, acc = gl.broadcast(unit, acc)
@@ -671,9 +770,9 @@ def decode_kernel(
     A, W, OUT, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS,
     M, N, K, G, EARLY,
     BITS: gl.constexpr, WIDTH: gl.constexpr, EXTRA: gl.constexpr, TILE_K: gl.constexpr,
-    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr,
+    ASM: gl.constexpr, CONSTRAINTS: gl.constexpr, FILL: gl.constexpr,
     UNIT: gl.constexpr, ONE: gl.constexpr, SHIFT: gl.constexpr, ZERO: gl.constexpr,
-    SUMS: gl.constexpr,
+    SUMS: gl.constexpr, AHEAD: gl.constexpr, SCALED: gl.constexpr, IN_PLACE: gl.constexpr,
     SCALE_KIND: gl.constexpr, ZEROS_KIND: gl.constexpr, GROUP: gl.constexpr,
     GROUPS_ALIGNED: gl.constexpr, EXACT: gl.constexpr, ROWS_EXACT: gl.constexpr,
     VECTOR: gl.constexpr, ROWS_A: gl.constexpr,
@@ -700,6 +799,9 @@ def decode_kernel(
     STRIDE_K: gl.constexpr = WARPS * WARP_K
     SLAB_K: gl.constexpr = ITERATIONS * STRIDE_K
     COUNT: gl.constexpr = WARP_K // GROUP if GROUP != 0 and GROUP < WARP_K else 1
+    # what applies to a whole row, and is left to the end
+    LEFT_GROUP: gl.constexpr = 0 if SCALED else GROUP
+    LEFT_SCALE: gl.constexpr = "none" if SCALED else SCALE_KIND
 
     # Tensors go in powers of two: a slab is copied in one piece if its units are one, else one for
     # each iteration, with a barrier in between.
@@ -707,6 +809,15 @@ def decode_kernel(
     a_smem = gl.allocate_shared_memory(
         A.dtype.element_ty, [PIECES, UNITS // PIECES, WARPS, ROWS_A, UNIT_K], whole_layout(ROWS_A)
     )  # fmt: skip
+    SHARED: gl.constexpr = GROUP if COUNT > 1 else WARP_K  # k of a group in an iteration of a warp
+    PER_SUM: gl.constexpr = SHARED // UNIT_K if SHARED > UNIT_K else 1  # units
+    CHUNK: gl.constexpr = units_added_at_once(ROWS_A, UNIT_K, UNITS // PIECES, PER_SUM)
+    totals_smem = a_smem
+    if AHEAD:
+        totals_smem = gl.allocate_shared_memory(
+            gl.float32, [UNITS // CHUNK, CHUNK * UNIT_K // SHARED, WARPS, ROWS_A],
+            gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]),
+        )  # fmt: skip
     # [warp, row of A, row of W], swizzled so that neither the writes of accumulator fragments nor
     # the reads along rows meet in a bank
     sum_smem = gl.allocate_shared_memory(
@@ -739,6 +850,9 @@ def decode_kernel(
         SCALE, ZEROS, first_tile, 0, N, G, True, BITS, SCALE_KIND, ZEROS_KIND, GROUP,
         GROUPS_ALIGNED, EXACT, ROWS_EXACT, COUNT, WARPS, BANDS, WARP_K,
     )  # fmt: skip
+    LOOKUP: gl.constexpr = FILL != ""
+    if LOOKUP:
+        gl.inline_asm_elementwise(FILL, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     wait_for_previous_kernel()
 
     acc = gl.zeros([WARPS, ROWS, COLUMNS], gl.float32, MMA)
@@ -749,6 +863,9 @@ def decode_kernel(
             A, a_smem, slab * SLAB_K, M, K, PIECES, UNITS // PIECES, ROWS_A, DEPTH, WARPS, UNIT_K,
             VECTOR, EXACT,
         )  # fmt: skip
+        if AHEAD:
+            sum_activations(a_smem, totals_smem, PER_SUM, ROWS_A, WARPS, UNIT_K)
+        lane = lane_offset() if LOOKUP else 0
         tile = first_tile
         while tile < tiles:
             if not ONE_TILE:
@@ -763,6 +880,9 @@ def decode_kernel(
                 )  # fmt: skip
                 scales = scale
                 zeros = zero
+                factors = scale
+                if SCALED and scale.dtype == gl.uint8:
+                    factors = words_of_bytes(scale)
                 pointers = iteration_pointers(
                     W, next_tile, next_k, padded_k, WIDTH, EXTRA, TILE_K, WARPS, BANDS, UNIT_K,
                     DEPTH,
@@ -784,9 +904,11 @@ def decode_kernel(
                         units, first_unit + d, ROWS_A == 1, dB
                     )  # fmt: skip
                     acc, part, sums = multiply_unit(
-                        ring[d][0], ring[d][1], b, scales, zeros, ones, acc, part, sums,
-                        ASM, CONSTRAINTS, WIDTH, EXTRA, SCALE_KIND, ZEROS_KIND, SUMS, GROUP,
-                        ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K, COLUMNS, d * UNIT_K, MMA,
+                        ring[d][0], ring[d][1], lane, b, factors, zeros, ones, totals_smem,
+                        i * (WARP_K // SHARED), acc, part, sums,
+                        ASM, CONSTRAINTS, LOOKUP, SCALED, AHEAD, IN_PLACE, WIDTH, EXTRA, SCALE_KIND,
+                        ZEROS_KIND, SUMS, GROUP, ONE, SHIFT, ZERO, WARPS, BANDS, UNIT_K, WARP_K,
+                        COLUMNS, d * UNIT_K, MMA,
                     )  # fmt: skip
                     # a unit's registers are refilled as soon as it is decoded
                     refilled = refilled + (load_unit(
@@ -798,13 +920,13 @@ def decode_kernel(
             if SLABS == 1 or not ONE_TILE:
                 finish_tile(
                     OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab,
-                    tile, M, N, SCALE_KIND, ZEROS_KIND, SUMS, GROUP, UNIT, ONE, SHIFT, ZERO,
+                    tile, M, N, LEFT_SCALE, ZEROS_KIND, SUMS, LEFT_GROUP, UNIT, ONE, SHIFT, ZERO,
                     ROWS_A, WARPS, BANDS, 1 if ONE_TILE else SLABS, MMA,
                 )  # fmt: skip
             elif slab == SLABS - 1:
                 finish_tile(
                     OUT, BIAS, GLOBAL_SCALE, PARTS, sum_smem, acc, part, sums, scales, zeros, slab,
-                    tile, M, N, SCALE_KIND, ZEROS_KIND, SUMS, GROUP, UNIT, ONE, SHIFT, ZERO,
+                    tile, M, N, LEFT_SCALE, ZEROS_KIND, SUMS, LEFT_GROUP, UNIT, ONE, SHIFT, ZERO,
                     ROWS_A, WARPS, BANDS, 1, MMA,
                 )  # fmt: skip
             tile += gl.num_programs(0)

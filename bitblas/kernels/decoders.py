@@ -9,15 +9,17 @@ which half of the 16 rows a register lies,
 
     sum of value * a = unit * (sum of raw * a + (zero * zero point - shift) * sum of one * a)
 
-float16 codes stay where they are in the word, as subnormals (code * 2^-24; * 2^-20 for the second
-row half of 4-bit codes), and cost one logic instruction for two weights; bfloat16, whose products
-would underflow, gets 128 + code. Small floats move their fields into place and leave the exponent
-bias to `unit`; tables are read by byte permutes. Zero points and a non-zero `shift` need the sums
-of A over each group, which one more product per 16 k, with a row operand of `one`, provides.
+float16 codes stay where they are in the word, as subnormals (code * 2^-24 times a power of two, one
+for each row half), and cost one logic instruction for two weights; bfloat16, whose products would
+underflow, gets 128 + code. int1 is the sign of 1. Small floats move their fields into place
+and leave the exponent bias to `unit`. Tables are looked up in shared memory, where the block's
+threads have written what a slower decoder, of byte permutes, makes of each byte. Zero points and a
+non-zero `shift` need the sums of A over each group, of which the kernel has `one` times.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,11 +32,19 @@ from ..layouts import planes
 
 @dataclass(frozen=True)
 class PairDecoder:
-    """asm: reads two words per plane, writes `registers` registers. See the module's docstring."""
+    """asm: reads two words per plane, writes `registers` registers. See the module's docstring.
+
+    instructions: that asm takes, as the cost model counts them. entry: where asm looks codes up,
+    PTX that makes the table's entries; then asm reads 4 * lane as third and fourth input. scalable:
+    whether raw values times e4m3 scales are exact in the operand's dtype.
+    """
 
     asm: str
     constraints: str
     registers: int
+    instructions: float
+    entry: str = ""
+    scalable: bool = False
     unit: tuple[float, float] = (1.0, 1.0)
     one: tuple[float, float] = (-1.0, -1.0)
     shift: tuple[float, float] = (0.0, 0.0)
@@ -42,12 +52,16 @@ class PairDecoder:
 
     @property
     def instructions_per_weight(self) -> float:
-        """Of a lane, register moves left out."""
-        lines = self.asm.strip("{} ").split(";")
-        count = sum(
-            1 for line in lines if line.strip() and line.split()[0][:4] not in ("mov.", ".reg")
-        )
-        return count / (2 * self.registers)
+        return self.instructions / (2 * self.registers)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of shared memory, behind all other, for the table that `asm` looks codes up in."""
+        return 256 * ROW_BYTES if self.entry else 0
+
+    def fill(self, warps: int) -> str:
+        """PTX by which the threads of a block write the table; "" where there is none."""
+        return _fill(self.entry, 32 * warps) if self.entry else ""
 
 
 @lru_cache(maxsize=256)
@@ -65,8 +79,10 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
             return None
         if fmt.bits == 8 and not half:
             return _assemble(_bytes_to_bfloat16(decoder), widths) if decoder.step == 1 else None
-        lines, row_shift, base = _affine(decoder, fmt.bits, half)
-        raised = (1.0, float(1 << row_shift))  # of codes, in the two row halves
+        if fmt.bits == 1 and decoder.values(1) == [-1.0, 1.0]:
+            return _assemble(_signs(half), widths)
+        lines, lifts, base = _affine(decoder, fmt.bits, half)
+        raised = tuple(float(1 << lift) for lift in lifts)
         one = tuple(-r * 2.0**-24 for r in raised) if half else (-1.0, -1.0)
         unit = tuple(decoder.step * (2.0**24 if half else 1.0) / r for r in raised)
         zero = tuple(-1.0 / (u * o) for u, o in zip(unit, one))
@@ -76,18 +92,102 @@ def pair_decoder(fmt: WeightFormat, A_dtype: str) -> PairDecoder | None:
         if decoder.special == "ieee" and decoder.exponent_bits != 5:
             return None
         unit = (2.0 ** (15 - decoder.bias),) * 2 if half else (1.0, 1.0)
-        return _assemble(_minifloat(decoder, fmt.bits, half), widths, unit=unit)
+        lines = _minifloat(decoder, fmt.bits, half)
+        raw = torch.tensor(fmt.code_values(), dtype=torch.float64) / unit[0]
+        scalable = fmt.bits == 4 and _takes_scales(raw, half)
+        # in float16 a table is no gain: half of the shifts go to an idle pipe
+        assemble = _looked_up if fmt.bits == 4 and not half else _assemble
+        return assemble(lines, widths, unit=unit, scalable=scalable)
     if isinstance(decoder, Table) and fmt.bits == 4:
-        return _assemble(_table(decoder, A_dtype), widths)
+        return _looked_up(_table(decoder, A_dtype), widths)
     return None
 
 
-def _assemble(lines: list[str], widths: tuple[int, ...], **corrections: Any) -> PairDecoder:
+def _takes_scales(raw: torch.Tensor, half: bool) -> bool:
+    """Whether raw values times e4m3 scales are exact in float16 (half) or bfloat16."""
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    products = raw[:, None] * scales[scales.isfinite()]
+    return torch.equal(products.to(torch.float16 if half else torch.bfloat16).double(), products)
+
+
+def _assemble(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairDecoder:
     registers, words = 2 * 16 // widths[0], 2 * len(widths)
-    asm = "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
+    return PairDecoder(
+        _block(lines),
+        _constraints(registers, words),
+        registers,
+        **{"instructions": _instructions(lines), **fields},
+    )
+
+
+def _block(lines: list[str]) -> str:
+    """The instructions with the temporaries that they use."""
+    return "{ .reg .b32 t, u, v, c0, c1; .reg .f32 f0, f1, f2; " + " ".join(lines) + " }"
+
+
+def _constraints(outputs: int, inputs: int) -> str:
     # outputs are written before the last input is read
-    constraints = ",".join(["=&r"] * registers + ["r"] * words)
-    return PairDecoder(asm, constraints, registers, **corrections)
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+
+
+def _instructions(lines: list[str]) -> float:
+    """Of the pipe that logic shares: to shift to the left the compiler multiplies, by another."""
+    each = [line.split()[0] for line in " ".join(lines).split(";") if line.strip()]
+    return sum({".reg": 0.0, "mov.b32": 0.0, "shl.b32": 0.5}.get(opcode, 1.0) for opcode in each)
+
+
+# --- tables in shared memory ----------------------------------------------------------------------
+
+# A byte of two codes leads to a register of their two values. An entry lies 32 times in half of its
+# row, once in each bank, so that no two lanes meet in one; the other half is not used: with rows of
+# 256 bytes the address is made by one byte permute, [lane * 4, code byte, 0, 0].
+ROW_BYTES = 256
+_TABLE = (  # the end of all shared memory
+    ".reg .b32 table, size; mov.b32 table, global_smem; mov.b32 size, %dynamic_smem_size;"
+    "add.u32 table, table, size;"
+)
+
+
+def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> PairDecoder:
+    """The decoder of 4-bit codes that reads a table of what `lines`, a slower one, makes of them.
+
+    Its further inputs: lane * 4. The table is the last in the block's shared memory.
+    """
+    slow = _assemble(lines, widths, **fields)
+    found = [_TABLE, ".reg .b32 e0, e1, e2, e3;"]
+    for word in range(2):
+        source, outs = f"${8 + word}", [f"${4 * word + slot}" for slot in range(4)]
+        for byte in range(4):
+            found.append(f"prmt.b32 t, {source}, $10, 0x77{byte}4; add.u32 t, t, table;")
+            found.append(f"ld.shared.b32 e{byte}, [t + {-256 * ROW_BYTES}];")
+        # bytes 0 and 1 hold the codes of one k, 2 and 3 those of the next, for both row halves each
+        for slot, out in enumerate(outs):
+            selector = "0x7632" if slot % 2 else "0x5410"
+            found.append(f"prmt.b32 {out}, e{slot // 2}, e{slot // 2 + 2}, {selector};")
+    # for each of 8 bytes two permutes and a load, which itself adds what is equal in all lanes
+    return _assemble(found, (*widths, *widths), instructions=24, entry=slow.asm, **fields)
+
+
+def _fill(entry: str, threads: int) -> str:
+    """PTX: each of 256 or 512 threads decodes a byte, by `entry`, and writes copies of the result.
+
+    Each lane begins with another copy, so that those of a warp do not meet in a bank.
+    """
+    outputs = ", ".join(f"o{i}" for i in range(8))
+    entry = re.sub(r"\$([0-7])\b", r"o\1", entry).replace("$8", "word").replace("$9", "word")
+    lines = [
+        f"{_TABLE} .reg .b32 thread, row, word, copy, place, {outputs};",
+        "mov.b32 thread, %tid.x; and.b32 row, thread, 255; and.b32 word, row, 15;",
+        "shr.u32 copy, row, 4; shl.b32 copy, copy, 16; or.b32 word, word, copy;",
+        f"{entry} shl.b32 row, row, 8; add.u32 row, row, table;",
+        # of 512 threads, the second half writes the second half of the copies
+        "shr.u32 copy, thread, 8; shl.b32 copy, copy, 2; add.u32 copy, copy, thread;",
+    ]
+    for _ in range(256 * 8 // threads):
+        lines.append("and.b32 place, copy, 7; shl.b32 place, place, 4; add.u32 place, place, row;")
+        lines.append(f"st.shared.v4.b32 [place + {-256 * ROW_BYTES}], {{o0, o0, o0, o0}};")
+        lines.append("add.u32 copy, copy, 1;")
+    return "{ " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
 def _twice(half_word: int) -> str:
@@ -112,32 +212,52 @@ def _slots(width: int) -> list[tuple[str, str, int]]:
     ]
 
 
-def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], int, int]:
-    """(instructions, bits that codes of the second row half are raised by, value of code 0)."""
+def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], tuple[int, int], int]:
+    """(instructions, bits that codes of the two row halves are raised by, value of code 0)."""
     width = planes(bits)[0][0]
+    mantissa = 10 if half else 7
     magic, base = (0, 0) if half else (0x4300, 128)
-    # both row halves decode from one shifted word where their codes fit the mantissa
-    row_shift = width if 2 * bits <= (10 if half else 7) else 0
+    # Both row halves decode from one shifted word where their codes fit the mantissa. They lie as
+    # high there as a word that is not shifted at all lets them: shifts to the left are multiplies,
+    # by a pipe that has nothing else to do, those to the right share one with the logic.
+    row_shift = width if 2 * bits <= mantissa else 0
+    lowest = (mantissa - row_shift - bits) // (2 * width) * (2 * width) if row_shift else 0
+    lifts = (lowest, lowest + row_shift)
+    return _codes(decoder, bits, magic, lifts), lifts, base
+
+
+def _codes(decoder: Affine, bits: int, magic: int, lifts: tuple[int, int]) -> list[str]:
+    """Codes of the two row halves at these bits of each half register, `| magic`."""
+    width = planes(bits)[0][0]
     lines, mask = [], (1 << width) - 1
     for index, (out, word, slot) in enumerate(_slots(width)):
-        r3 = slot % 2
-        raised = row_shift * r3
-        if row_shift == 0 or r3 == 0:
+        raised = lifts[slot % 2]
+        if lifts[0] == lifts[1] or slot % 2 == 0:
             lines.append(_shifted("t", word, raised - width * slot))
         low = _twice(mask << raised)
         if bits == 3:
             # bit 2 of the code: bit `index` of the other plane's word, to just above bits 0 and 1
-            lines.append(f"and.b32 v, t, {low};")
+            if magic:
+                lines.append(f"mov.b32 c0, {_twice(magic)}; lop3.b32 v, t, {low}, c0, 0xea;")
+            else:
+                lines.append(f"and.b32 v, t, {low};")
             lines.append(_shifted("u", "$18", 2 + raised - index))
             lines.append(f"lop3.b32 {out}, u, {_twice(4 << raised)}, v, 0xea;")
-            if magic:
-                lines.append(f"or.b32 {out}, {out}, {_twice(magic)};")
         elif decoder.flip or magic:
             lines.append(f"mov.b32 c0, {_twice((decoder.flip << raised) ^ magic)};")
             lines.append(f"lop3.b32 {out}, t, {low}, c0, 0x6a;")  # (t & low) ^ c0
         else:
             lines.append(f"and.b32 {out}, t, {low};")
-    return lines, row_shift, base
+    return lines
+
+
+def _signs(half: bool) -> list[str]:
+    """-1 and 1 differ in the sign alone: no offset, so no sums of A."""
+    lines = [f"mov.b32 c0, {_twice(0xBC00 if half else 0xBF80)};"]
+    for out, word, slot in _slots(1):
+        lines.append(_shifted("t", word, 15 - slot))
+        lines.append(f"lop3.b32 {out}, t, 0x80008000, c0, 0x6a;")  # (t & 0x80008000) ^ c0
+    return lines
 
 
 def _bytes_to_bfloat16(decoder: Affine) -> list[str]:
@@ -223,3 +343,108 @@ def _table(decoder: Table, A_dtype: str) -> list[str]:
             lines.append(f"prmt.b32 {outs[2 * pair]}, t, u, 0x5410;")
             lines.append(f"prmt.b32 {outs[2 * pair + 1]}, t, u, 0x7632;")
     return lines
+
+
+# --- operands that are the weight itself --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OperandDecoder:
+    """asm: reads two words per plane, then two registers (one for each word, each holding a value
+    twice) of every extra for each half of 16 rows, in this order:
+
+        minus:  minus(base + integer zero point), if `based`
+        scale:  if `scaled`
+        addend: if `added`
+
+    and writes `registers` registers of (code's value - integer zero point) * scale + addend, times
+    1 / unit. most: the largest integer zero point, up or down, that stays exact.
+    """
+
+    asm: str
+    constraints: str
+    registers: int
+    base: tuple[float, float] = (0.0, 0.0)
+    most: float = 0.0
+    unit: float = 1.0
+
+    instructions: float = 0.0
+
+    @property
+    def instructions_per_weight(self) -> float:
+        return self.instructions / (2 * self.registers)
+
+
+@lru_cache(maxsize=256)
+def operand_decoder(
+    fmt: WeightFormat, A_dtype: str, based: bool, scaled: bool, added: bool
+) -> OperandDecoder | None:
+    """The decoder of a format to a float16 or bfloat16 operand that needs no correction but `unit`;
+    None where there is none. The extras are explained in OperandDecoder."""
+    if pair_decoder(fmt, A_dtype) is None:
+        return None
+    half, decoder = A_dtype == "float16", fmt.decoder
+    width = planes(fmt.bits)[0][0]
+    registers, words = 32 // width, 2 * len(planes(fmt.bits))
+    base, lowered, most, unit = (0.0, 0.0), (1.0, 1.0), 0.0, 1.0
+    if isinstance(decoder, Affine) and (half or fmt.bits != 8):
+        place = decoder.step.bit_length() - 1  # a step of 2: codes count from bit 1 on
+        # both row halves decode from one shifted word where their codes fit the mantissa
+        row_shift = width if place + 2 * fmt.bits <= (10 if half else 7) else 0
+        lifts = (place, place + row_shift)
+        lines = _codes(decoder, fmt.bits, 0x6400 if half else 0x4300, lifts)
+        lowered, one = (1.0, 2.0**-row_shift), 1024 if half else 128
+        base = (one * lowered[0] - decoder.offset, one * lowered[1] - decoder.offset)
+        most = one / 2
+    elif isinstance(decoder, Affine):
+        lines, most = _bytes_to_bfloat16(decoder), 255.0
+    elif isinstance(decoder, MiniFloat):
+        lines = _minifloat(decoder, fmt.bits, half)
+        unit = 2.0 ** (15 - decoder.bias) if half else 1.0
+    else:
+        lines = _table(decoder, A_dtype)
+
+    kind = "f16x2" if half else "rn.bf16x2"
+    fma = "fma.rn.f16x2" if half else "fma.rn.bf16x2"
+    first, extras = registers + words, {}
+    for name, given in (("minus", based), ("scale", scaled), ("addend", added)):
+        if given:
+            extras[name] = first
+            first += 4
+    lines.append(
+        f"mov.b32 l0, {_pattern(unit, A_dtype)}; mov.b32 l1, {_pattern(lowered[1], A_dtype)};"
+    )
+    lines += [f"mov.b32 n{r3}, {_pattern(-base[r3], A_dtype)};" for r3 in range(2)]
+    for out, word, slot in _slots(width):
+        r3 = slot % 2
+        place_in = {
+            name: f"${index + 2 * r3 + int(word[1:]) - registers}" for name, index in extras.items()
+        }
+        minus = place_in.get("minus", f"n{r3}" if base[r3] else None)
+        if lowered[r3] != 1:
+            lines.append(f"{fma} {out}, {out}, l1, {minus};")
+        elif minus is not None:
+            lines.append(f"add.{kind} {out}, {out}, {minus};")
+        if scaled and unit != 1:
+            lines.append(f"mul.{kind} {out}, {out}, l0;")
+        if scaled and added:
+            lines.append(f"{fma} {out}, {out}, {place_in['scale']}, {place_in['addend']};")
+        elif scaled:
+            lines.append(f"mul.{kind} {out}, {out}, {place_in['scale']};")
+        elif added:
+            lines.append(f"add.{kind} {out}, {out}, {place_in['addend']};")
+    return OperandDecoder(
+        _block([".reg .b32 l0, l1, n0, n1;", *lines]),
+        _constraints(registers, first - registers),
+        registers,
+        base,
+        most,
+        1.0 if scaled else unit,
+        _instructions(lines),
+    )
+
+
+def _pattern(value: float, A_dtype: str) -> str:
+    """A value of the operand dtype in both halves of a register."""
+    dtype = torch.float16 if A_dtype == "float16" else torch.bfloat16
+    return _twice(int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF)

@@ -56,7 +56,8 @@ class Launch:
 
     function: a @triton.jit or @gluon.jit function. arguments: the parameters that are no constexpr
     (None becomes one). options: further compile options, such as {"maxnreg": 128} and
-    {"launch_pdl": True}.
+    {"launch_pdl": True}. extra_shared: bytes of shared memory behind what the compiler knows of,
+    which the kernel finds at the end of its dynamic shared memory.
     """
 
     function: Any
@@ -66,3 +67,4 @@ class Launch:
     num_warps: int
     num_stages: int
     options: dict[str, Any] = field(default_factory=dict)
+    extra_shared: int = 0

@@ -1,0 +1,436 @@
+"""Launcher of the batch family: m > 16, 16-bit activations, Hopper; see batch_kernels.
+
+`serves` says whether the family computes a product, `candidates` lists the tiles worth measuring,
+the one that `microseconds` predicts to be the fastest first, `launches` says what to start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..config import MatmulConfig, MatmulConfigWithSplitK
+from ..formats import Table
+from ..layouts import FRAGMENT_16, Fragment, planes
+from .decode import GPU, MAX_ROWS, PROGRAMMATIC_LAUNCH, SHARED_BYTES
+from .decoders import OperandDecoder, operand_decoder
+from .launch import Launch, Settled, Workspace
+from .versions import gluon_available
+from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
+
+KERNELS = ("batch",)
+SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
+# (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
+_THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up; batch_kernels explains the terms.
+
+    blocks: thread blocks; share: whether they share the tiles that are left when each has done the
+    same number of whole ones. per_sm: blocks for which a multiprocessor has room.
+    """
+
+    block_m: int
+    bands: int
+    consumers: int
+    stage_k: int
+    stages: int
+    unroll: int
+    blocks: int
+    share: bool = True
+    per_sm: int = 1
+    kernel: str = "batch"
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.bands * self.consumers
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll
+
+
+def serves(config: MatmulConfig, m: int, arch: int) -> bool:
+    """Whether this family computes the product of m rows on compute capability arch (90: 9.0)."""
+    return arch // 10 == 9 and m > MAX_ROWS and _serves(config)
+
+
+@lru_cache(maxsize=4096)
+def _serves(config: MatmulConfig) -> bool:
+    if config.A_dtype not in ("float16", "bfloat16") or config.K % 8:
+        return False  # rows of A start on 16 bytes, for TMA
+    if (
+        not gluon_available()
+        or operand_decoder(config.format, config.A_dtype, *[False] * 3) is None
+    ):
+        return False
+    if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
+        return False
+    # operands rounded to A's dtype are not exact enough for a finer result
+    finer = config.out_dtype == "float32" or config.out_dtype != config.A_dtype == "bfloat16"
+    if finer and (config.A_dtype == "bfloat16" or isinstance(config.format.decoder, Table)):
+        return False
+    group = _group(config)
+    return group == 0 or (group >= _smallest_group(config) and group & (group - 1) == 0)
+
+
+def _smallest_group(config: MatmulConfig) -> int:
+    """The values of k in a word."""
+    return max(16, 64 // planes(config.bits)[0][0])
+
+
+def layout(config: MatmulConfig) -> Fragment:
+    """The packed layout that the kernels read."""
+    return FRAGMENT_16
+
+
+def _group(config: MatmulConfig) -> int:
+    """Values of k that share a scale or zero point; 0 where all of a row do."""
+    if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
+        return 0
+    return config.group_length
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What of scales and zero points goes into the operand."""
+
+    based: bool
+    scaled: bool
+    added: bool
+
+
+def _extras(config: MatmulConfig) -> _Extras:
+    kind = config.zeros_mode if config.with_zeros else None
+    # a scale for whole rows is left to the end, unless zero points were scaled before
+    scaled = config.with_scaling and (_group(config) != 0 or kind == "rescale")
+    return _Extras(kind in ("original", "quantized"), scaled, kind in ("original", "rescale"))
+
+
+def _decoder(config: MatmulConfig) -> OperandDecoder:
+    extras = _extras(config)
+    decoder = operand_decoder(
+        config.format, config.A_dtype, extras.based, extras.scaled, extras.added
+    )
+    assert decoder is not None  # _serves has seen to it
+    return decoder
+
+
+def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
+    """(tiles of W's rows, tiles of A's rows)."""
+    return -(-config.N // tile.rows), -(-m // tile.block_m)
+
+
+def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """Tiles whose bodies are dealt out to all blocks."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    return tiles_n * tiles_m % _blocks(config, m, tile) if tile.share else 0
+
+
+def _bodies(config: MatmulConfig, tile: Tile) -> int:
+    return -(-config.K // tile.body_k)
+
+
+def _blocks(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """Those that have something to do."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    each = _bodies(config, tile) if tile.share else 1
+    return min(tile.blocks, tiles_n * tiles_m * each)
+
+
+def parts(shared: int, bodies: int, blocks: int) -> int:
+    """The most parts that a shared tile is in."""
+    units, most = shared * bodies, 1
+    for tile in range(shared):
+        first = ((tile * bodies + 1) * blocks - 1) // units
+        last = ((tile + 1) * bodies * blocks - 1) // units
+        most = max(most, last - first + 1)
+    return most
+
+
+def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
+    """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
+    stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
+    group, extras = _group(config), _extras(config)
+    if group:
+        kinds = extras.based + extras.scaled + extras.added
+        stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
+    out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
+    return tile.stages * (stage + 16) + out + 1024
+
+
+def stands_for(measured: int, m: int) -> bool:
+    """Whether a tile measured with so many rows is taken for m."""
+    return _bucket(measured) == _bucket(m)
+
+
+def _bucket(m: int) -> int:
+    """m's that share their tiles: up to 256, powers of two; above, within a quarter."""
+    if m <= 256:
+        return max(32, 1 << (m - 1).bit_length())
+    step = 1 << ((m - 1).bit_length() - 3)
+    return -(-m // step) * step
+
+
+def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
+    """Tiles worth measuring for m rows, the one that should be the fastest first."""
+    return list(_candidates(config, _bucket(m), gpu or GPU()))
+
+
+# block_m, bands, consumers, values of k in a stage, stages that are unrolled, blocks on a
+# multiprocessor: those that were the fastest for some shape on an H200
+_SHAPES = {
+    32: ((32, 1, 2, 256, 1, 1), (32, 1, 4, 256, 1, 1), (32, 1, 2, 128, 2, 2)),
+    64: ((64, 1, 2, 256, 1, 1), (64, 1, 4, 128, 1, 1), (64, 1, 2, 128, 1, 2)),
+    128: ((128, 1, 2, 128, 1, 1), (64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
+    256: (
+        *((256, 1, 2, 64, 2, 1), (128, 1, 2, 128, 1, 1)),
+        *((64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
+    ),
+}
+
+
+@lru_cache(maxsize=4096)
+def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
+    tiles = []
+    for shape in _SHAPES[min(m, 256)]:
+        tile = _fitting(config, gpu, *shape)
+        if tile is not None:
+            tiles += _dealt(config, m, tile)
+    tiles = list(dict.fromkeys(tiles))
+    return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
+
+
+def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
+    """The tile with its work dealt out to blocks in each way that may be the best."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    tiles, blocks = tiles_n * tiles_m, tile.blocks
+    alone = replace(tile, share=False)
+    if tile.per_sm > 1 and tiles < 0.75 * blocks:
+        return []  # fuller multiprocessors take longer than the parts would save
+    if tiles <= blocks // 2:  # as many blocks for each tile, not so many that the sum takes long
+        counts = {min(blocks // tiles, most) for most in (4, 8)}
+        return [replace(tile, blocks=count * tiles) for count in sorted(counts)]
+    left = tiles % blocks
+    worth_sharing = 0 < left < 0.75 * blocks and tile.bands * tile.block_m < 256
+    return [alone, tile] if worth_sharing else [alone]
+
+
+def _fitting(
+    config: MatmulConfig,
+    gpu: GPU,
+    block_m: int,
+    bands: int,
+    consumers: int,
+    stage_k: int,
+    unroll: int,
+    per_sm: int,
+) -> Tile | None:
+    """The tile with as many stages as shared memory allows; None where those are too few."""
+    least, group = FRAGMENT_16.block_k(config.bits), _group(config)
+    body_k, blocks = stage_k * unroll, per_sm * gpu.multiprocessors
+    if group:
+        stage_k = min(stage_k, 4 * group)  # what is prepared for more groups takes registers
+    stage_k = max(stage_k, least)
+    while stage_k >= least:
+        for stages in range(16, 2 if stage_k > least else 1, -1):
+            unroll = max(1, body_k // stage_k)
+            tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, per_sm=per_sm)
+            if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
+                return tile
+        stage_k //= 2
+    return None
+
+
+def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
+    """What a product should take, from counts of instructions and bytes.
+
+    The busiest block decides: its matrix instructions, its others and its reads overlap, but not
+    wholly (a p-norm of them); the ends of segments do not. The constants are a fit to 170
+    measurements of uint4 weights on an H200 (benchmarks/results/h200_batch_tiles.csv), 10 % off.
+    """
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
+    shared = shared_tiles(config, m, tile)
+    waves = (
+        (tiles_n * tiles_m - shared) // blocks if tile.share else -(-tiles_n * tiles_m // blocks)
+    )
+    most = parts(shared, bodies, blocks) if shared else 1
+    steps = (waves * bodies - (-shared * bodies // blocks)) * tile.body_k
+    per_sm = -(-blocks // gpu.multiprocessors)
+
+    weights = tile.rows * per_sm / gpu.cycles_per_us  # of a value of k, in what a cycle does
+    matrix = weights * tile.block_m / 2048 / 0.89
+    instructions = weights * (_decoder(config).instructions_per_weight + 4.24) / 128
+    read = tile.rows * blocks * (config.bits + 0.25) / 8 / gpu.bytes_per_us
+    step = (matrix**2.76 + instructions**2.76 + read**2.76) ** (1 / 2.76)
+
+    registers = tile.bands * tile.block_m / 2  # of the accumulator
+    even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
+    segments = waves + (0 if not shared else 1 if even else 2)
+    summed = 0.0
+    if most > 1:
+        at_once = max(1, min(4, int(128 / registers) - 1))
+        summed = 1.77 + -(-(most - 1) // at_once) * (0.44 + 0.0295 * registers)
+    return 2.42 + steps * step + segments * 0.055 * registers + summed
+
+
+def launches(
+    config: MatmulConfig,
+    A: torch.Tensor,
+    W: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> list[Launch]:
+    """What computes out (m, N) = A (m, K) times the packed weight, transposed.
+
+    Operands as for bitblas.kernels.portable.matmul.
+    """
+    from . import batch_kernels
+
+    m = A.shape[0]
+    tile = tile or candidates(config, m)[0]
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
+    shared = shared_tiles(config, m, tile)
+    whole = tiles_n * tiles_m - shared
+    in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
+    slots = (2 * blocks, tile.consumers)
+    part = (64 * tile.bands, tile.block_m)
+    arguments = {
+        "A": tma_map(A, [tile.block_m, 64]),
+        "W": words_map(W, tile.bands * tile.consumers),
+        "OUT": out,
+        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
+        "SCALE": scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale,
+        "ZEROS": zeros,
+        "BIAS": bias,
+        "GLOBAL_SCALE": global_scale,
+        "PARTS": Workspace((*slots, *part), torch.float32) if in_parts else None,
+        "FLAGS": Workspace(slots, torch.int64) if in_parts else None,
+        "M": m,
+        "N": config.N,
+        "K": config.K,
+        "G": config.num_groups,
+        "WHOLE": whole,
+        "EARLY": Settled(),
+    }
+    constants = {"P": _constants(config, tile, in_parts)}
+    # registers of a thread before warps are told apart
+    options: dict[str, Any] = {"maxnreg": _THREADS[tile.consumers, tile.per_sm][1]}
+    if PROGRAMMATIC_LAUNCH:
+        options["launch_pdl"] = True
+    return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
+
+
+@dataclass(frozen=True)
+class Constants(ConstantsBase):
+    """What the compiler knows of a product; batch_kernels explains the terms. Kernels take all of
+    them in one argument; an attribute is a constant to the compiler as it is a constexpr here."""
+
+    BITS: int
+    WIDTH: int
+    EXTRA: int
+    TILE_K: int
+    ASM: str
+    CONSTRAINTS: str
+    BASE: tuple[float, float]
+    MOST: float
+    UNIT: float
+    SCALE_KIND: str
+    ZEROS_KIND: str
+    MINUS: bool
+    SCALED: bool
+    ADDED: bool
+    GROUP: int
+    ALIGNED: bool
+    BLOCK_M: int
+    BANDS: int
+    CONSUMERS: int
+    STAGES: int
+    STAGE_K: int
+    UNROLL: int
+    SWEEP: int
+    SHARED: bool
+    REGISTERS: int
+    LOADING_REGISTERS: int
+
+    BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
+    STEPS = known(lambda c: c.STAGE_K // 64)
+    # a pair of words of 1-bit codes covers 128 values of k
+    UNIT_K = known(lambda c: 128 if c.WIDTH == 1 else 64)
+    TILE_UNITS = known(lambda c: c.TILE_K // c.UNIT_K)
+    STAGE_UNITS = known(lambda c: c.STAGE_K // c.UNIT_K)
+    BODY_UNITS = known(lambda c: c.BODY_K // c.UNIT_K)
+    MAIN_CHUNKS = known(lambda c: c.TILE_K * c.WIDTH // 256)
+    TILE_CHUNKS = known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
+    STAGE_CHUNKS = known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
+    WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
+    # groups of a stage, of a unit, and what decoders take of them by way of shared memory
+    STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # stages whose scales of a row are read at once, and the groups that they are of
+    RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
+    RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
+    # parts whose loads are under way together: as many as registers take
+    PARTS_AT_ONCE = known(
+        lambda c: max(1, min(4, 2 * (c.REGISTERS - 64) // (c.BANDS * c.BLOCK_M) - 1))
+    )
+    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
+
+
+def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
+    """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
+    are; the warps that load get what is left, up to 128, and consumers the rest of it."""
+    threads, each = _THREADS[tile.consumers, tile.per_sm]
+    total = threads // 128 * each
+    least = (56 if tile.per_sm == 1 else 40) if grouped else 24
+    spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
+    loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
+    consumers = (total - loading) // tile.consumers // 8 * 8
+    return {"REGISTERS": min(consumers, 240), "LOADING_REGISTERS": loading}
+
+
+@lru_cache(maxsize=4096)
+def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
+    decoder, extras, group = _decoder(config), _extras(config), _group(config)
+    widths = [width for width, _ in planes(config.bits)]
+    known = Constants(
+        BITS=config.bits,
+        WIDTH=widths[0],
+        EXTRA=widths[1] if len(widths) > 1 else 0,
+        TILE_K=FRAGMENT_16.block_k(config.bits),
+        ASM=decoder.asm,
+        CONSTRAINTS=decoder.constraints,
+        BASE=decoder.base,
+        MOST=decoder.most,
+        UNIT=decoder.unit,
+        SCALE_KIND=config.format.scale_encoding or "float",
+        ZEROS_KIND=(config.zeros_mode or "original") if config.with_zeros else "none",
+        MINUS=extras.based,
+        SCALED=extras.scaled,
+        ADDED=extras.added,
+        GROUP=group,
+        ALIGNED=False,
+        BLOCK_M=tile.block_m,
+        BANDS=tile.bands,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        STAGE_K=tile.stage_k,
+        UNROLL=tile.unroll,
+        SWEEP=SWEEP,
+        SHARED=in_parts,
+        **_registers(tile, group != 0),
+    )
+    return replace(known, ALIGNED=config.num_groups % known.RUN_GROUPS.value == 0)

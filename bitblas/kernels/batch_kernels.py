@@ -1,0 +1,802 @@
+"""Device code of the batch family: more than 16 rows of 16-bit A, on Hopper.
+
+C^T = W A^T: weights, decoded in registers, are the row operand of wgmma, a tile of A in shared
+memory is the other. A block has warps that fill a ring of stages, one by TMA with A and the packed
+words, two with what decoders take of scales and zero points; and CONSUMERS warpgroups, each of
+which decodes and multiplies its own rows of W. The decoding of one step of 64 k runs beside the
+matrix instructions of the one before, and of the other warpgroups.
+
+    tile     ROWS = 64 * BANDS * CONSUMERS rows of W by BLOCK_M rows of A
+    stage    STAGE_K values of k, what one fill of the ring holds
+    body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that
+             take their row operand from registers cannot be in flight over a loop's edge
+    run      RUN stages, whose scales of a row are read at once
+    segment  bodies of one tile that one block does, one after the other
+
+Tiles up to WHOLE are done whole, in turns. The others are shared: their bodies, in the order of
+tiles and k, are dealt out to all blocks in equal numbers, so what a block gets may be a part of a
+tile, or parts of two and whole ones between. Parts go to PARTS, a slot for a block's first segment
+and one for its last; who finds that all parts of a tile are there adds them, in the order of k.
+Nothing but who that is depends on which block is done first: equal calls give equal bits.
+
+Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
+    WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
+    TILE_K: values of k in a tile of the packed layout, UNIT_K: those that are decoded at a time.
+    GROUP: values of k that share a scale, a power of two; 0: one scale for a row.
+    MINUS, SCALED, ADDED: which extras the decoder takes, EXTRAS: how many by way of the ring.
+"""
+
+# Gluon gives these functions' parameters their types.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+from __future__ import annotations
+
+from .device import (
+    decode_scale,
+    keep_loads_here,
+    let_next_kernel_start,
+    packed_zeros,
+    powers,
+    take,
+    wait_for_previous_kernel,
+)
+from .versions import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    thread_barrier,
+    tma,
+    tma_load,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# --- layouts ---------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def chunk_layout(BANDS):
+    """[BANDS, 4 warps, 128 words] of shared memory: a lane owns 16 bytes of each band."""
+    registers = [[0, 0, 1], [0, 0, 2], *powers(BANDS, 3, 0)]
+    lanes = [[0, 0, 4 << i] for i in range(5)]
+    return gl.DistributedLinearLayout(registers, lanes, powers(4, 3, 1), [], [BANDS, 4, 128])
+
+
+@gluon.constexpr_function
+def words_layout(BANDS, GROUPS, WORDS):
+    """[4 * BANDS, 8, 4 lanes of a row, GROUPS, WORDS of a group]: what is decoded at a time."""
+    registers = powers(WORDS, 5, 4) + powers(GROUPS, 5, 3)
+    registers = registers + [[4 << i, 0, 0, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = powers(4, 5, 2) + powers(8, 5, 1)
+    shape = [4 * BANDS, 8, 4, GROUPS, WORDS]
+    return gl.DistributedLinearLayout(registers, lanes, powers(4, 5, 0), [], shape)
+
+
+@gluon.constexpr_function
+def extras_layout(GROUPS, BANDS):
+    """[GROUPS, 4 * BANDS, 2 row halves, 8]: the same rows in a lane as words_layout."""
+    registers = [*powers(GROUPS, 4, 0), [0, 0, 1, 0]]
+    registers = registers + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = [[0, 0, 0, 0], [0, 0, 0, 0], *powers(8, 4, 3)]
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, powers(4, 4, 1), [], shape)
+
+
+@gluon.constexpr_function
+def preparing_layout(GROUPS, BANDS):
+    """The same shape, rows across two warps."""
+    registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 2, 0, 0]], [], shape)
+
+
+# --- who does what ---------------------------------------------------------------------------
+
+
+@gluon.jit
+def share_of(shared, bodies, block):
+    """The run of bodies, [first, last), of all shared tiles that a block gets."""
+    units = shared * bodies
+    return units * block // gl.num_programs(0), units * (block + 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def segments(tiles, whole, bodies):
+    """(whole tiles of this block, all of its segments, first and last body of its share)."""
+    block, blocks = gl.program_id(0), gl.num_programs(0)
+    alone = (whole - block + blocks - 1) // blocks
+    first, last = share_of(tiles - whole, bodies, block)
+    more = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
+    return alone, alone + more, first, last
+
+
+@gluon.jit
+def segment(i, whole, bodies, alone, first, last):
+    """The i-th: (tile, first body, last body)."""
+    block, blocks = gl.program_id(0), gl.num_programs(0)
+    nth = first // bodies + (i - alone)
+    mine = i < alone
+    tile = gl.where(mine, block + i * blocks, whole + nth)
+    start = gl.where(mine, 0, gl.maximum(first - nth * bodies, 0))
+    end = gl.where(mine, bodies, gl.minimum(last - nth * bodies, bodies))
+    return tile, start, end
+
+
+@gluon.jit
+def place(tile, tiles_n, tiles_m, SWEEP: gl.constexpr):
+    """(tile of W's rows, tile of A's rows): SWEEP of the latter are done before the next of W's, so
+    that what runs at a time shares both in the L2."""
+    sweep = tile // (SWEEP * tiles_n)
+    first = sweep * SWEEP
+    rows = gl.minimum(tiles_m - first, SWEEP)
+    rest = tile - first * tiles_n
+    return rest // rows, first + rest % rows
+
+
+# --- the warp that loads ---------------------------------------------------------------------
+
+
+@gluon.jit
+def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
+    CHUNKS: gl.constexpr = P.STAGE_CHUNKS
+    for c in gl.static_range(CHUNKS):
+        where = [tile_n * (P.BANDS * P.CONSUMERS), (stage * P.STAGE_CHUNKS + c) * 4, 0]
+        tma_load(W, where, barrier, w_smem.index(buffer * P.STAGE_CHUNKS + c))
+
+
+@gluon.jit
+def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
+    STEPS: gl.constexpr = P.STEPS
+    for step in gl.static_range(STEPS):
+        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * A.block_type.shape[1]]
+        tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
+
+
+@gluon.jit
+def produce(
+    A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, whole, bodies, P: gl.constexpr
+):  # fmt: skip
+    """Fills the ring for all segments. Words of the first stages are on their way before what
+    precedes this kernel is complete, A only after it."""
+    BYTES: gl.constexpr = (
+        P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * A.block_type.nbytes
+    )  # fmt: skip
+    alone, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
+    tile, start, end = segment(0, whole, bodies, alone, first, last)
+    tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+    early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
+    for i in range(early):
+        mbarrier.expect(ready.index(i), BYTES)
+        load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
+    wait_for_previous_kernel()
+    for i in range(early):
+        load_activations(A, ready.index(i), a_smem, i, tile_m, start * P.UNROLL + i, P)
+    buffer = early % P.STAGES
+    phase = gl.where(early == P.STAGES, 0, 1)
+    for s in range(count):
+        tile, start, end = segment(s, whole, bodies, alone, first, last)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        for stage in range(start * P.UNROLL + gl.where(s == 0, early, 0), end * P.UNROLL):
+            barrier = ready.index(buffer)
+            mbarrier.wait(empty.index(buffer), phase)
+            mbarrier.expect(barrier, BYTES)
+            load_words(W, barrier, w_smem, buffer, tile_n, stage, P)
+            load_activations(A, barrier, a_smem, buffer, tile_m, stage, P)
+            buffer += 1
+            if buffer == P.STAGES:
+                buffer = 0
+                phase ^= 1
+
+
+# --- scales and zero points ------------------------------------------------------------------
+
+
+@gluon.jit
+def load_extras(
+    SCALE, ZEROS, row, first, N, G, GROUPS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+    L: gl.constexpr,
+):  # fmt: skip
+    """Scales and zero points, as they are stored, of GROUPS groups from `first` on, of 64 * BANDS
+    rows from `row` on; 0 beyond the edges."""
+    L1: gl.constexpr = gl.SliceLayout(0, L)
+    each = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    band = gl.arange(0, 4 * BANDS, gl.SliceLayout(1, gl.SliceLayout(2, L1)))
+    r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, L1)))
+    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, L1)))
+    n = (
+        band.expand_dims(1).expand_dims(2) * 16
+        + r3.expand_dims(0).expand_dims(2) * 8
+        + g.expand_dims(0).expand_dims(1)
+    ).expand_dims(0)
+    each = each.expand_dims(1).expand_dims(2).expand_dims(3)
+    if P.ALIGNED:  # lets the compiler see that all groups of a row can be read at once
+        G = G // GROUPS * GROUPS
+        first = first // GROUPS * GROUPS
+    mask = (row + n < N) & (first + each < G)
+    scale = gl.zeros([GROUPS, 4 * BANDS, 2, 8], gl.int32, L)
+    zero = scale
+    start = row.to(gl.int64) * G + first
+    if P.SCALED:
+        scale = gl.load(SCALE + start + (n * G + each), mask=mask, other=0)
+    if P.ZEROS_KIND == "quantized":
+        zero = packed_zeros(ZEROS, row + n, first + each, N, mask, P.BITS)
+    elif P.ZEROS_KIND != "none":
+        zero = gl.load(ZEROS + start + (n * G + each), mask=mask, other=0)
+    return scale, zero
+
+
+@gluon.jit
+def twice(x, DTYPE: gl.constexpr):
+    """float32 -> int32 that holds it as DTYPE in both halves."""
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+
+
+@gluon.jit
+def nearest(x):
+    """float32 rounded to an integer."""
+    return gl.inline_asm_elementwise(
+        "cvt.rni.f32.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
+    """(minus, scale, addend) of the decoder, shaped as what load_extras returns; those it takes.
+
+    A zero point's integer part is subtracted from the code, exactly, and the rest of it, scaled,
+    from the product: so zero points that are integers cost no precision.
+    """
+    minus = gl.zeros(scale.shape, gl.int32, L)
+    addend = minus
+    factor = minus
+    if P.SCALED:
+        scale = decode_scale(scale, P.SCALE_KIND)
+        factor = twice(scale, DTYPE)
+    zero = zero.to(gl.float32)
+    integer = zero
+    if P.ZEROS_KIND == "rescale":
+        addend = twice(-zero, DTYPE)
+    elif P.ZEROS_KIND == "original":
+        integer = gl.minimum(gl.maximum(nearest(zero), -P.MOST), P.MOST)
+        if P.SCALED:
+            addend = twice((integer - zero) * scale, DTYPE)
+        else:
+            addend = twice(integer - zero, DTYPE)
+    if P.MINUS:
+        r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
+        r3 = r3.expand_dims(0).expand_dims(1).expand_dims(3)
+        minus = twice(-(gl.where(r3 == 0, P.BASE[0], P.BASE[1]) + integer), DTYPE)
+    return minus, factor, addend
+
+
+@gluon.jit
+def of_stage(x, STAGE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
+    """What a stage of a run takes of load_extras."""
+    x = x.permute([1, 2, 3, 0])
+    x = x.reshape(x.shape[:3] + [P.RUN_GROUPS // P.STAGE_GROUPS, P.STAGE_GROUPS])
+    x = take(x.permute([0, 1, 2, 4, 3]), STAGE * P.RUN_GROUPS // (P.RUN * P.STAGE_GROUPS))
+    return gl.convert_layout(x.permute([3, 0, 1, 2]), L, assert_trivial=True)
+
+
+@gluon.jit
+def prepare(
+    SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
+    P: gl.constexpr,
+):  # fmt: skip
+    """Fills the ring with what decoders take besides words, where groups of k have their own.
+
+    Warps of their own do it, well ahead: consumers that load scales would wait for them at each
+    fence. A row's scales of RUN stages are read at once, a run ahead: they lie beside each other,
+    and 32 bytes come from the L2 for any of them.
+    """
+    BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
+    GROUPS: gl.constexpr = P.RUN_GROUPS
+    RUN: gl.constexpr = P.RUN
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
+    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    buffer = 0
+    phase = 1
+    for s in range(count):
+        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        row = tile_n * (64 * BANDS)
+        begin = start * P.UNROLL
+        stop = end * P.UNROLL
+        first = begin // RUN * (RUN * P.STAGE_K) // P.GROUP
+        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR)
+        for run in range(begin // RUN, (stop + RUN - 1) // RUN):
+            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
+            next_scales, next_zeros = load_extras(
+                SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
+            )  # fmt: skip
+            keep_loads_here()
+            for i in gl.static_range(RUN):
+                if (run * RUN + i >= begin) & (run * RUN + i < stop):
+                    minus, factor, addend = decoder_extras(
+                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), a_smem.dtype, P, L
+                    )  # fmt: skip
+                    mbarrier.wait(empty.index(buffer), phase)
+                    slot = buffer * P.EXTRAS
+                    if P.MINUS:
+                        e_smem.index(slot).store(minus)
+                        slot += 1
+                    if P.SCALED:
+                        e_smem.index(slot).store(factor)
+                        slot += 1
+                    if P.ADDED:
+                        e_smem.index(slot).store(addend)
+                    mbarrier.arrive(ready.index(buffer))
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
+                        phase ^= 1
+            scales = next_scales
+            zeros = next_zeros
+
+
+@gluon.jit
+def read_extras(e_smem, slot, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
+    """A consumer's share of what `prepare` has stored, for a unit's groups: (minus, scale, addend).
+
+    Those that the decoder does not take are any."""
+    minus = share_of_extras(e_smem.index(slot), WHO, FIRST, P)
+    scale = minus
+    addend = minus
+    if P.MINUS and P.SCALED:
+        scale = share_of_extras(e_smem.index(slot + 1), WHO, FIRST, P)
+    if P.ADDED:
+        addend = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), WHO, FIRST, P)
+    return minus, scale, addend
+
+
+@gluon.jit
+def share_of_extras(smem, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
+    x = smem.slice(FIRST, P.GROUPS, 0).slice(WHO * 4 * P.BANDS, 4 * P.BANDS, 1)
+    return x.load(extras_layout(P.GROUPS, P.BANDS))
+
+
+@gluon.jit
+def of_half(x, HALF: gl.constexpr, LAYOUT: gl.constexpr):
+    """One row half of extras: [4 * BANDS, 8, 1, GROUPS, 1]."""
+    x = take(x.permute([1, 3, 0, 2]), HALF)
+    x = gl.convert_layout(x, gl.SliceLayout(2, gl.SliceLayout(4, LAYOUT)), assert_trivial=True)
+    return x.expand_dims(2).expand_dims(4)
+
+
+# --- decoding --------------------------------------------------------------------------------
+
+
+@gluon.jit
+def read_words(
+    w_smem, chunk, WHO: gl.constexpr, CHUNKS: gl.constexpr, BANDS: gl.constexpr
+):  # fmt: skip
+    """CHUNKS (1 or 2) chunks of a consumer's words: [4 * BANDS, 8, 4, 4 * CHUNKS]."""
+    L: gl.constexpr = chunk_layout(BANDS)
+    w = w_smem.index(chunk).slice(WHO * BANDS, BANDS, 0).load(L).reshape([4 * BANDS, 8, 4, 4])
+    if CHUNKS == 1:
+        return w
+    else:
+        more = w_smem.index(chunk + 1).slice(WHO * BANDS, BANDS, 0).load(L)
+        w = gl.join(w, more.reshape([4 * BANDS, 8, 4, 4]))
+        return w.permute([0, 1, 2, 4, 3]).reshape([4 * BANDS, 8, 4, 8])
+
+
+@gluon.jit
+def decode_unit(
+    main, extra, minus, scale, addend, UNIT: gl.constexpr, DTYPE: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """The registers of a body's unit, a tuple in the decoder's order, [4 * BANDS, 8, 4, GROUPS,
+    words of a group]."""
+    L: gl.constexpr = words_layout(P.BANDS, P.GROUPS, P.WORDS // P.GROUPS)
+    w = main.reshape([4 * P.BANDS, 8, 4, P.TILE_UNITS, P.WORDS]).permute([0, 1, 2, 4, 3])
+    w = take(w, UNIT % P.TILE_UNITS).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
+    w = gl.convert_layout(w, L, assert_trivial=True)
+    operands = [w]
+    if P.EXTRA != 0:  # a word of the 1-bit plane covers a pair of words of the 2-bit plane
+        e = take(extra, UNIT % P.TILE_UNITS)
+        e = gl.join(e, e).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
+        operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
+    if P.MINUS:
+        for half in gl.static_range(2):
+            operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
+    if P.SCALED:
+        for half in gl.static_range(2):
+            operands = operands + [gl.broadcast(of_half(scale, half, L), w)[0]]
+    if P.ADDED:
+        for half in gl.static_range(2):
+            operands = operands + [gl.broadcast(of_half(addend, half, L), w)[0]]
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            P.ASM, P.CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // P.WIDTH), is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            P.ASM, P.CONSTRAINTS, operands, dtype=(gl.bfloat16,) * (32 // P.WIDTH), is_pure=True,
+            pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
+def step_registers(o, STEP: gl.constexpr, PAIRS: gl.constexpr):
+    """The four registers of each pair's STEP-th step of 16 k: [.., PAIRS, h, r3, x]."""
+    a = gl.join(gl.join(o[4 * STEP], o[4 * STEP + 1]), gl.join(o[4 * STEP + 2], o[4 * STEP + 3]))
+    return a.reshape([a.shape[0], 8, 4, PAIRS, 2, 2, 2])
+
+
+@gluon.jit
+def row_operand(o, FIRST: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
+    """64 values of k of decoded registers, from step FIRST of a pair on: [64 * BANDS, 64].
+
+    Joins append what two registers differ in: r3 and x, then the step of 16 k, lowest bit first.
+    """
+    STEPS: gl.constexpr = 8 // P.WIDTH if P.WIDTH > 1 else 4  # of a pair that lie in 64 k
+    PAIRS: gl.constexpr = 4 // STEPS
+    a = step_registers(o, FIRST, PAIRS)
+    if STEPS > 1:
+        a = gl.join(a, step_registers(o, FIRST + 1, PAIRS))
+    if STEPS > 2:
+        more = gl.join(
+            step_registers(o, FIRST + 2, PAIRS), step_registers(o, FIRST + 3, PAIRS)
+        )  # fmt: skip
+        a = gl.join(a, more)
+    if STEPS == 1:
+        a = a.permute([0, 5, 1, 3, 6, 2, 4])
+    elif STEPS == 2:
+        a = a.permute([0, 5, 1, 3, 7, 6, 2, 4])
+    else:
+        a = a.permute([0, 5, 1, 3, 8, 7, 6, 2, 4])
+    return gl.convert_layout(a.reshape([64 * P.BANDS, 64]), DOT, assert_trivial=True)
+
+
+# --- the warpgroups that multiply ------------------------------------------------------------
+
+
+@gluon.jit
+def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr):
+    """A consumer's rows of a tile, through shared memory, so that they are written along N."""
+    if OUT_MAP is not None:
+        tma.store_wait(0)
+    thread_barrier()
+    c_smem.permute((1, 0)).store(acc.to(OUT.dtype.element_ty))
+    if OUT_MAP is not None:
+        fence_async_shared()
+        tma_store(OUT_MAP, [tile_m * P.BLOCK_M, row], c_smem)
+    else:
+        thread_barrier()
+        PIECE: gl.constexpr = min(32, P.BLOCK_M)
+        L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        m = gl.arange(0, PIECE, gl.SliceLayout(1, L)).expand_dims(1)
+        n = (row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(0, L))).expand_dims(0)
+        for piece in gl.static_range(P.BLOCK_M // PIECE):
+            first = tile_m * P.BLOCK_M + piece * PIECE
+            pointer = OUT + first.to(gl.int64) * N + (m * N + n)
+            value = c_smem.slice(piece * PIECE, PIECE, 0).load(L)
+            gl.store(pointer, value, mask=(first + m < M) & (n < N))
+
+
+@gluon.jit
+def fence(KIND: gl.constexpr):
+    """acq_rel: what this thread did and knows of comes before what it does next, to all threads of
+    the GPU. sc: and all such fences have one order."""
+    if KIND == "sc":
+        gl.inline_asm_elementwise(
+            "fence.sc.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+    else:
+        gl.inline_asm_elementwise(
+            "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@gluon.jit
+def part_slot(block, nth, shared, bodies):
+    """(slot of a block's part of the nth shared tile, whether it has one)."""
+    first, last = share_of(shared, bodies, block)
+    return 2 * block + gl.where(first // bodies == nth, 0, 1), first < last
+
+
+@gluon.jit
+def sum_parts(
+    PARTS, FLAGS, acc, nth, shared, bodies, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
+):  # fmt: skip
+    """Leaves acc as this block's part of a shared tile: (sum of all parts, whether they are there).
+
+    A flag that is TAG says that its part is there; whoever adds the parts resets them. Flags are
+    written, then read, with a fence in between: of two that write at once, one sees both at least.
+    It may be that both do: then both store the same. Flags need no initial value but any other than
+    TAG, which memory that was something else holds by a chance of 2^-64 only.
+    """
+    ROWS: gl.constexpr = 64 * P.BANDS
+    TAG: gl.constexpr = 0x2545F4914F6CDD1D
+    blocks = gl.num_programs(0)
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA)).expand_dims(1)
+    m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA)).expand_dims(0)
+    mine, _ = part_slot(gl.program_id(0), nth, shared, bodies)
+    part = (mine * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+    gl.store(PARTS + part + (n * P.BLOCK_M + m), acc)
+    thread_barrier()
+    fence("acq_rel")
+    gl.store(FLAGS + (mine * P.CONSUMERS + WHO), TAG)
+    fence("sc")
+    # the blocks that have the tile's first and last body
+    units = shared * bodies
+    first = ((nth * bodies + 1) * blocks - 1) // units
+    last = ((nth * bodies + bodies) * blocks - 1) // units
+    # each flag is read by one thread, so that all threads come to the same conclusion
+    L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    block = first + gl.arange(0, 256, L)
+    slots, some = part_slot(block, nth, shared, bodies)
+    some = some & (block <= last)
+    where = FLAGS + (slots * P.CONSUMERS + WHO)
+    flag = gl.load(where, mask=some, other=TAG, volatile=True)
+    missing = gl.sum((flag != TAG).to(gl.int32), axis=0)
+    if missing == 0:
+        fence("acq_rel")
+        all_of_it = gl.full([ROWS, P.BLOCK_M], 1, gl.int1, MMA)
+        if last == first + 1:  # the sum of two, which has no order
+            other, _ = part_slot(first + last - gl.program_id(0), nth, shared, bodies)
+            part = (other * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+            acc += gl.load(PARTS + part + (n * P.BLOCK_M + m), cache_modifier=".cg")
+        else:
+            AT_ONCE: gl.constexpr = P.PARTS_AT_ONCE
+            acc = gl.zeros([ROWS, P.BLOCK_M], gl.float32, MMA)
+            for b in range(first, last + 1, AT_ONCE):
+                for i in gl.static_range(AT_ONCE):
+                    slot, some_b = part_slot(b + i, nth, shared, bodies)
+                    part = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
+                    acc += gl.load(
+                        PARTS + part + (n * P.BLOCK_M + m),
+                        mask=all_of_it & some_b & (b + i <= last), other=0.0,
+                        cache_modifier=".cg",
+                    )  # fmt: skip
+        gl.store(where, gl.zeros([256], gl.int64, L), mask=some)
+    return acc, missing == 0
+
+
+@gluon.jit
+def finish_segment(
+    OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m, nth, complete,
+    shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Stores a consumer's rows of a tile, or its part of their sum; nth: of the shared tiles."""
+    n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
+    if SCALE is not None and not P.SCALED:
+        scale = decode_scale(gl.load(SCALE + (row + n), mask=row + n < N, other=0), P.SCALE_KIND)
+        acc = acc * (scale * P.UNIT).expand_dims(1)
+    elif P.UNIT != 1:
+        acc = acc * P.UNIT
+    if P.SHARED:
+        if not complete:
+            acc, complete = sum_parts(PARTS, FLAGS, acc, nth, shared, bodies, WHO, P, MMA)
+    if complete:
+        if GLOBAL_SCALE is not None:
+            acc = acc * gl.load(GLOBAL_SCALE)
+        if BIAS is not None:
+            bias = gl.load(BIAS + (row + n), mask=row + n < N, other=0).to(gl.float32)
+            acc = acc + bias.expand_dims(1)
+        store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P)
+
+
+@gluon.jit
+def consume(
+    OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem, e_smem, c_smem,
+    ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P.BLOCK_M, 16]
+    )  # fmt: skip
+    DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
+    UNITS: gl.constexpr = P.BODY_UNITS
+    HALVES: gl.constexpr = P.UNIT_K // 64
+    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    buffer = 0
+    phase = 0
+    for s in range(count):
+        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
+        if P.GROUP == 0:
+            scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
+            minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
+        acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA)
+        for _ in range(start, end):
+            previous = buffer
+            for unit in gl.static_range(UNITS):
+                if unit % P.STAGE_UNITS == 0:
+                    mbarrier.wait(ready.index(buffer), phase)
+                if unit % P.TILE_UNITS == 0:
+                    chunk = buffer * P.STAGE_CHUNKS
+                    chunk += unit % P.STAGE_UNITS // P.TILE_UNITS * P.TILE_CHUNKS
+                    main = read_words(w_smem, chunk, WHO, P.MAIN_CHUNKS, P.BANDS)
+                    extra = main
+                    if P.EXTRA != 0:
+                        extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
+                if P.EXTRAS > 0:
+                    if unit % P.STAGE_UNITS * P.UNIT_K % P.GROUP == 0:
+                        minus, scale, addend = read_extras(
+                            e_smem, buffer * P.EXTRAS, WHO,
+                            unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
+                        )  # fmt: skip
+                o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
+                for half in gl.static_range(HALVES):
+                    a = row_operand(o, 4 * half, P, DOT)
+                    step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
+                    acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
+                    if unit == UNITS - 1 and half == HALVES - 1:
+                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                    elif unit + half > 0:
+                        acc = warpgroup_mma_wait(1, deps=(acc,))
+                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
+                        # the words were read through another proxy than TMA writes by
+                        fence_async_shared()
+                        mbarrier.arrive(empty.index(previous))
+                if unit % P.STAGE_UNITS == P.STAGE_UNITS - 1:
+                    if unit == UNITS - 1:
+                        fence_async_shared()
+                        mbarrier.arrive(empty.index(buffer))
+                    previous = buffer
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
+                        phase ^= 1
+        # the operands of what follows may come from the kernel before this one
+        wait_for_previous_kernel()
+        complete = (start == 0) & (end == bodies)
+        finish_segment(
+            OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m,
+            tile - whole, complete, tiles_n * tiles_m - whole, bodies, M, N, WHO, P, MMA,
+        )  # fmt: skip
+    if OUT_MAP is not None:
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
+def batch_kernel(
+    A, W, OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, M, N, K, G, WHOLE, EARLY,
+    P: gl.constexpr,
+):  # fmt: skip
+    """OUT[M, N]. Grid: any number of blocks, at most one on a multiprocessor.
+
+    A: a TMA map of (M, K), [BLOCK_M, 64] at a time; W: of the words as (row tiles of the layout,
+    chunks along K * 4, 128). OUT_MAP: of OUT, where TMA can write it. WHOLE: tiles that are done by
+    one block each. EARLY: whether the weights may be read before the previous kernel in the stream
+    is complete. P: batch.Constants.
+    """
+    ROWS: gl.constexpr = 64 * P.BANDS
+    a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 64], A.layout)
+    w_smem = gl.allocate_shared_memory(
+        gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
+    )  # fmt: skip
+    e_smem = gl.allocate_shared_memory(
+        gl.int32,
+        [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, 4 * P.BANDS * P.CONSUMERS, 2, 8],
+        gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
+    )  # fmt: skip
+    c_smem = gl.allocate_shared_memory(
+        OUT.dtype.element_ty, [P.CONSUMERS, P.BLOCK_M, ROWS],
+        gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, ROWS], OUT.dtype.element_ty),
+    )  # fmt: skip
+    ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
+    STAGES: gl.constexpr = P.STAGES
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
+        mbarrier.init(empty.index(i), count=P.CONSUMERS)
+    fence_async_shared()
+
+    # Before what precedes is complete, only weights that it cannot have written may be read; the
+    # next kernel may do so because this one has waited.
+    if EARLY == 0:
+        wait_for_previous_kernel()
+    let_next_kernel_start()
+    bodies = (K + P.BODY_K - 1) // P.BODY_K
+    tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
+    tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
+    # registers of a consumer's thread, and of one that loads
+    R: gl.constexpr = P.REGISTERS
+    L: gl.constexpr = P.LOADING_REGISTERS
+    if P.CONSUMERS == 2 and P.EXTRAS > 0:
+        gl.warp_specialize([
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
+            )),
+            (produce, (
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+            )),
+            (prepare, (
+                SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, P,
+            )),
+        ], [4, 1, 2], [R, L, L])  # fmt: skip
+    elif P.CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
+            )),
+            (produce, (
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+            )),
+        ], [4, 1], [R, L])  # fmt: skip
+    elif P.EXTRAS > 0:
+        gl.warp_specialize([
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 2, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 3, P,
+            )),
+            (produce, (
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+            )),
+            (prepare, (
+                SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, P,
+            )),
+        ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 0, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 1, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 2, P,
+            )),
+            (consume, (
+                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
+                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
+                bodies, 3, P,
+            )),
+            (produce, (
+                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+            )),
+        ], [4, 4, 4, 1], [R, R, R, L])  # fmt: skip

@@ -1,0 +1,118 @@
+"""The batch family without a GPU: the machine code of its planned tiles, and how work is dealt out.
+
+What its kernels compute is tested on a GPU, in test_batch_gpu.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import compat
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bitblas.kernels import versions
+
+if versions.why_no_gluon() is not None:
+    pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
+
+from bitblas.formats import FORMATS
+from bitblas.kernels import batch
+from bitblas.kernels import compile as compiler
+
+# each format once; the rest takes turns, so that a run stays within a minute
+SHAPES = ((4096, 4096), (1000, 1440), (28672, 8192), (1003, 4096 + 160))
+EXTREMES = ((1, 32), (16, 53248), (128256, 16384))
+COMBINATIONS = [x for x in compat.COMBINATIONS if x[0] in ("float16", "bfloat16")]
+PACKED = [name for name, fmt in FORMATS.items() if not fmt.is_dense]
+TURNS = zip(
+    PACKED,
+    itertools.cycle(("float16", "bfloat16", "bfloat16", "float16", "float16")),
+    itertools.cycle((64, 20, 256, 100)),
+    itertools.cycle(SHAPES),
+    itertools.cycle(("original", "quantized", None, "rescale")),
+    itertools.cycle((128, 64, 128, -1)),
+)
+CASES = [
+    (a, w, zeros if FORMATS[w].is_integer else None, m, n, k, 32 if k % group else group)
+    for w, a, m, (n, k), zeros, group in TURNS
+    if not (FORMATS[w].bits == 1 and k % group)
+]
+CASES += [  # the common products
+    ("float16", "uint4", "original", 32, 4096, 4096, 128),
+    ("bfloat16", "uint4", "original", 128, 8192, 8192, 128),
+    ("float16", "int4", None, 4096, 4096, 11008, 128),
+]
+
+
+def compiled(config, m, tile):
+    operands = (
+        compat.meta((m, config.K), config.torch_A_dtype),
+        compat.meta(batch.layout(config).shape(config.bits, config.N, config.K), torch.int8),
+    )
+    out = compat.meta((m, config.N), config.torch_out_dtype)
+    steps = batch.launches(config, *operands, out, **compat.extras(config), tile=tile)
+    return [compiler.statistics(compiler.compile_launch(step, 90)) for step in steps]
+
+
+@pytest.mark.parametrize(("a", "w", "zeros", "m", "n", "k", "group"), CASES)
+def test_planned_tiles_use_wgmma_and_stay_in_registers(a, w, zeros, m, n, k, group):
+    group = FORMATS[w].fixed_group_size or group
+    config = compat.make_config(a, w, zeros, N=n, K=k, group_size=group)
+    assert batch.serves(config, m, 90)
+    tile = batch.candidates(config, m)[0]
+    main, *rest = compiled(config, m, tile)
+    assert main.count("HGMMA") > 0
+    assert main.count("LDS.128") > 0  # the words
+    assert main.local_bytes <= compat.most_local_bytes("batch"), tile
+    assert main.shared_bytes <= batch.SHARED_BYTES, tile
+    assert all(found.local_bytes == 0 for found in rest)
+
+
+def test_instructions_for_a_uint4_weight():
+    """Of the main loop, from what unrolling it twice as far adds to it. 1.63 of them decode; those
+    that load and prepare scales and zero points, and barriers, are for 256 rows of A shared by 64
+    of W. Measured with Triton 3.6: 2.6; a quarter more is allowed."""
+    config = compat.make_config("float16", "uint4", "original", N=8192, K=8192, group_size=128)
+    totals = [
+        sum(compiled(config, 64, batch.Tile(64, 1, 2, 64, 8, steps, 132))[0].opcodes.values())
+        for steps in (2, 4)
+    ]
+    weights = 2 * 2 * 64 * 64 / 128  # of a lane, by both consumers
+    assert (totals[1] - totals[0]) / weights <= 1.25 * 2.6
+
+
+@pytest.mark.parametrize("m", [17, 33, 100, 256, 1000, 5000])
+def test_candidates_fit_and_are_all_different(m):
+    for (a, w, zeros), (n, k), group in itertools.product(
+        COMBINATIONS, (*SHAPES, *EXTREMES), (-1, 32)
+    ):
+        group = FORMATS[w].fixed_group_size or group
+        config = compat.make_config(a, w, zeros, N=n, K=k, group_size=group)
+        if not batch.serves(config, m, 90):
+            assert FORMATS[w].bits == 1 and group == 32  # a word would have two scales
+            continue
+        tiles = batch.candidates(config, m)
+        assert tiles and len(set(tiles)) == len(tiles)
+        assert all(batch.shared_bytes(config, tile) <= batch.SHARED_BYTES for tile in tiles)
+
+
+@pytest.mark.parametrize(
+    ("shared", "bodies", "blocks"),
+    [(1, 1, 1), (3, 7, 5), (16, 32, 132), (5, 3, 132), (111, 64, 132)],
+)
+def test_the_parts_of_a_tile_are_counted_as_the_kernels_deal_them_out(shared, bodies, blocks):
+    units = shared * bodies
+    owner = [
+        block
+        for block in range(blocks)
+        for _ in range(units * block // blocks, units * (block + 1) // blocks)
+    ]
+    assert len(owner) == units
+    spans = [owner[i * bodies : (i + 1) * bodies] for i in range(shared)]
+    for tile, owners in enumerate(spans):  # as sum_parts_kernel finds them
+        assert ((tile * bodies + 1) * blocks - 1) // units == owners[0]
+        assert ((tile + 1) * bodies * blocks - 1) // units == owners[-1]
+    most = max(owners[-1] - owners[0] + 1 for owners in spans)
+    assert batch.parts(shared, bodies, blocks) == most
