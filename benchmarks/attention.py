@@ -301,7 +301,10 @@ def main() -> int:
     folder = Path(next((x for x in sys.argv[1:] if x != "--report"), "benchmarks/results"))
     if "--report" not in sys.argv:
         jobs = plan()
-        compile_ahead(jobs)
+        try:
+            compile_ahead(jobs)
+        except RuntimeError as problem:  # then it fails again in its own row
+            print(f"FAILED: {str(problem)[:500]}", flush=True)
         with open(folder / f"{NAME}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
