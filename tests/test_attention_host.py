@@ -1,0 +1,89 @@
+"""The host side of attention on a GPU, on a driver that runs nothing: what is started with what,
+and what calls keep."""
+
+import pytest
+import torch
+from attention_cases import draw
+from fake_cuda import FakeCuda, install
+
+pytest.importorskip("triton")
+from bitblas.kernels import attention
+from bitblas.kernels.compile import Source
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    install(monkeypatch, fake)
+    monkeypatch.setattr(attention, "current_device", lambda: 0)
+    monkeypatch.setattr(attention, "architecture", lambda device: 90)
+    monkeypatch.setattr(attention, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(attention, "_prepared", {})
+    return fake
+
+
+def operands(k_len, longest=64, offset=0, **fields):
+    """The first k_len tokens of a cache for `longest`."""
+    problem = draw(1, 1, 8, 2, longest, 64, lengths=[k_len], **fields)
+    Q, K, V = problem.tensors
+    extras = {name: x[:, offset:k_len] for name, x in problem.extras.items() if name != "kv_len"}
+    cut = slice(offset, k_len)
+    return attention.Operands(Q, K[:, cut], V[:, cut], **extras, lengths=problem.extras["kv_len"])
+
+
+def arguments(launched, launch):
+    """name -> what the kernel of a launch was given."""
+    names = [name for name, kind in Source(launch).signature.items() if kind != "constexpr"]
+    return dict(zip(names, launched.values))
+
+
+def test_kernels_get_their_operands(cuda):
+    given = operands(3300, longest=4096, caches=("int4", "int8"))
+    out = torch.empty_like(given.Q)
+    attention.run(given, out, causal=True)
+    tile = attention.tile_for(given, 90, 132, 4096)
+    attend, combine = attention.launches(given, out, True, tile, 90)
+    first, second = cuda.launched
+    found = arguments(first, attend)
+    for name, x in (("Q", given.Q), ("K", given.K), ("V", given.V), ("K_SCALE", given.k_scale),
+                    ("K_ZEROS", given.k_zeros), ("V_SCALE", given.v_scale),
+                    ("LENGTHS", given.lengths)):  # fmt: skip
+        assert found[name] == x.data_ptr()
+    assert found["k_len"] == 3300
+    assert first.grid == (1, 2, tile.splits) and first.threads == 32 * tile.num_warps
+    assert arguments(second, combine)["OUT"] == out.data_ptr()
+    assert arguments(second, combine)["PARTS"] == found["OUT"]
+    assert (first.attributes, second.attributes) == (0, 1)  # programmatic launch
+
+
+def test_a_growing_cache_keeps_its_call(cuda):
+    given = operands(64, caches=("int8", "int8"))
+    out = torch.empty_like(given.Q)
+    for k_len in (33, 40, 64):
+        shorter = [None if x is None else x[:, :k_len] for x in given[1:7]]
+        attention.run(attention.Operands(given.Q, *shorter, given.lengths), out, causal=False)
+    assert len(attention._prepared) == 1
+    tile = attention.tile_for(given, 90, 132, 64)
+    launches = attention.launches(given, out, False, tile, 90)
+    steps = cuda.launched[:: len(launches)]
+    assert [arguments(x, launches[0])["k_len"] for x in steps] == [33, 40, 64]
+
+
+def test_misaligned_caches_are_not_for_the_kernel_that_reads_words(cuda):
+    given = operands(63, offset=1, caches=("int8", "int8"))  # scales from the second on
+    attention.run(given, torch.empty_like(given.Q), causal=False)
+    assert not attention._prepared
+    tile = attention.tile_for(given, 0, 132, 64)
+    assert tile.kernel == "many"
+    launch = attention.launches(given, torch.empty_like(given.Q), False, tile, 90)[0]
+    assert arguments(cuda.launched[0], launch)["K_SCALE"] == given.k_scale.data_ptr()
+
+
+def test_expanding_gets_its_operands(cuda):
+    given = operands(40, caches=("int4", "int4"))
+    out = attention.expand(given.K, given.Q, given.k_scale, given.k_zeros)
+    assert out.shape == (1, 40, 2, 64) and out.dtype == torch.float16
+    launch = attention.expand_launch(given.K, out, given.k_scale, given.k_zeros, 90)
+    found = arguments(cuda.launched[0], launch)
+    assert found["X"] == given.K.data_ptr() and found["OUT"] == out.data_ptr()
+    assert found["SCALES"] == given.k_scale.data_ptr() and found["length"] == 40
