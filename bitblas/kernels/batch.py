@@ -82,8 +82,9 @@ def _serves(config: MatmulConfig) -> bool:
 
 
 def _smallest_group(config: MatmulConfig) -> int:
-    """The values of k in a word."""
-    return max(16, 64 // planes(config.bits)[0][0])
+    """The values of k in a word; for 3 bits, whose stages are long, what registers have room for."""
+    widths = [width for width, _ in planes(config.bits)]
+    return 64 if len(widths) > 1 else max(16, 64 // widths[0])
 
 
 def layout(config: MatmulConfig) -> Fragment:
