@@ -4,6 +4,7 @@ from . import base, cache, module, ops, quantization, testing, utils
 from .attention import FlashAtten, FlashAttenConfig
 from .cache import global_operator_cache, load_global_ops_cache
 from .config import MatmulConfig, MatmulConfigWithSplitK
+from .dense import allow_dense_copies
 from .linear import Linear
 from .log import set_log_level
 from .matmul import Matmul, MatmulWithSplitK
@@ -21,6 +22,7 @@ __all__ = [
     "MatmulConfigWithSplitK",
     "MatmulWithSplitK",
     "__version__",
+    "allow_dense_copies",
     "auto_detect_nvidia_target",
     "base",
     "cache",

@@ -40,9 +40,9 @@ def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple
 @cached
 def families() -> tuple[ModuleType, ...]:
     """The GPU kernel families; what two of them serve, the first serves faster."""
-    from .kernels import batch, decode, portable
+    from .kernels import batch, batch8, decode, portable
 
-    return decode, batch, portable
+    return decode, batch, batch8, portable
 
 
 def _tiles(family: ModuleType, config: MatmulConfig, m: int, device: torch.device) -> list[Any]:

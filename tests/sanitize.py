@@ -1,4 +1,4 @@
-"""Each kernel of the decode and batch families, and the portable ones, once on small operands.
+"""Each kernel of each family, and the quantiser, once on small operands.
 
     compute-sanitizer --tool memcheck python tests/sanitize.py
     compute-sanitizer --tool racecheck python tests/sanitize.py
@@ -18,7 +18,8 @@ import torch
 from compat import make_config
 from problems import Problem, draw, relative_error, tolerance
 
-from bitblas.kernels import batch, decode, portable
+from bitblas import quantize_activation
+from bitblas.kernels import batch, batch8, decode, gpu, portable
 from bitblas.kernels.decode import Tile
 from bitblas.kernels.prepared import execute
 
@@ -40,6 +41,12 @@ BATCH = [  # tiles that are shared among blocks, and ones that are not
     ("uint3", "bfloat16", "rescale", 33, 520, -1, 17, batch.Tile(32, 2, 2, 256, 2, 1, 2)),
     ("nf4", "float16", None, 300, 544, 32, 20, batch.Tile(32, 1, 4, 64, 3, 2, 9, share=False)),
 ]
+BATCH8 = [
+    ("int4", "int8", None, 72, 416, -1, 5, batch8.Tile(16, 1, 1, 256, 3, 1, 2)),
+    ("uint4", "int8", "original", 200, 512, 128, 100, batch8.Tile(64, 2, 2, 128, 3, 1, 2)),
+    ("int8", "int8", None, 33, 528, -1, 300, batch8.Tile(128, 1, 2, 128, 2, 2, 3)),
+    ("int2", "e4m3_float8", None, 72, 544, -1, 40, batch8.Tile(64, 1, 1, 128, 3, 1, 2)),
+]
 PORTABLE = [  # both kernels
     ("uint4", "float16", "original", 72, 416, 32, 4, "gemv"),
     ("uint4", "float16", "original", 72, 416, 32, 24, "gemm"),
@@ -47,11 +54,11 @@ PORTABLE = [  # both kernels
 
 
 def operands(w, a, zeros, n, k, group, m) -> tuple[Problem, torch.Tensor, torch.Tensor]:
-    """(problem, packed weight, result to be written), of the layout that both families read."""
+    """(problem, packed weight, result to be written), of the layout that the families read."""
     config = make_config(a, w, zeros, N=n, K=k, group_size=group, with_bias=True)
     # drawn on the CPU: fewer kernels to be watched
     problem = draw(config, m, seed=0)
-    W = decode.layout(config).pack(problem.codes, config.bits).cuda()
+    W = portable.layout(config).pack(problem.codes, config.bits).cuda()
     fields = {name: x.cuda() for name, x in problem.extras().items()}
     on_gpu = Problem(config, problem.A.cuda(), problem.codes, **fields)
     out = torch.empty((m, n), dtype=config.torch_out_dtype, device="cuda")
@@ -66,9 +73,21 @@ def wrong(problem: Problem, out: torch.Tensor, note: object) -> bool:
     return error > tolerance(problem.config)
 
 
+def quantiser_is_wrong(m: int, k: int) -> bool:
+    x = torch.randn(m, k).half()
+    q = torch.empty((m, k), dtype=torch.int8, device="cuda")
+    scale = torch.empty(m, device="cuda")
+    gpu.quantize_activation(x.cuda(), q, scale, "int8")
+    expected_q, expected_scale = quantize_activation(x)
+    same = torch.equal(q.cpu(), expected_q) and torch.equal(scale.cpu(), expected_scale)
+    print("quantiser", m, k, "right" if same else "wrong", flush=True)
+    return not same
+
+
 def main() -> int:
-    failed = 0
-    for family, (*case, tile) in [(decode, x) for x in DECODE] + [(batch, x) for x in BATCH]:
+    failed = sum(quantiser_is_wrong(m, k) for m, k in ((3, 100), (2050, 7), (2, 33000)))
+    families = ((decode, DECODE), (batch, BATCH), (batch8, BATCH8))
+    for family, (*case, tile) in [(family, x) for family, found in families for x in found]:
         problem, W, out = operands(*case)
         steps = family.launches(problem.config, problem.A, W, out, **problem.extras(), tile=tile)
         execute(steps, out.device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitblas import MatmulConfig, cache, plan
-from bitblas.kernels import batch, decode, portable
+from bitblas.kernels import batch, batch8, decode, portable
 
 DEVICE = torch.device("cuda", 0)
 
@@ -78,3 +78,14 @@ def test_a_recorded_batch_tile_serves_the_rows_that_share_it(h200, monkeypatch):
         assert plan.pick(config, m, DEVICE) == (batch, tile)
     for m in (32, 65):
         assert plan.pick(config, m, DEVICE) == (batch, batch.candidates(config, m)[0])
+
+
+def test_int8_activations_go_to_their_family(h200, monkeypatch):
+    config = MatmulConfig(
+        N=5120, K=3072, A_dtype="int8", W_dtype="int4", group_size=128, with_scaling=True
+    )
+    for m in (1, 16, 17, 300, 4096):
+        assert plan.pick(config, m, DEVICE) == (batch8, batch8.candidates(config, m)[0])
+    assert plan.pick(dataclasses.replace(config, group_size=64), 64, DEVICE)[0] is portable
+    monkeypatch.setattr(plan, "_architecture", lambda device: 80)
+    assert plan.pick(config, 64, DEVICE)[0] is portable

@@ -6,13 +6,11 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-from triton.language import constexpr
 
 from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
@@ -21,6 +19,7 @@ from .decode import GPU, MAX_ROWS, PROGRAMMATIC_LAUNCH, SHARED_BYTES
 from .decoders import OperandDecoder, operand_decoder
 from .launch import Launch, Settled, Workspace
 from .versions import gluon_available
+from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
 
 KERNELS = ("batch",)
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
@@ -311,10 +310,10 @@ def launches(
     slots = (2 * blocks, tile.consumers)
     part = (64 * tile.bands, tile.block_m)
     arguments = {
-        "A": _map(A, [tile.block_m, 64]),
-        "W": _words(config, W, tile),
+        "A": tma_map(A, [tile.block_m, 64]),
+        "W": words_map(W, tile.bands * tile.consumers),
         "OUT": out,
-        "OUT_MAP": _results(out, tile),
+        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
         "SCALE": scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale,
         "ZEROS": zeros,
         "BIAS": bias,
@@ -336,36 +335,8 @@ def launches(
     return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
 
 
-def _map(x: torch.Tensor, block: list[int]) -> Any:
-    """A TMA map of a row-major matrix, swizzled as wgmma reads it."""
-    from .versions import TensorDescriptor, gl
-
-    kind = {2: gl.float16, 4: gl.float32}[x.itemsize]  # the layout depends on the size alone
-    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
-    return TensorDescriptor.from_tensor(x, block, layout)
-
-
-def _results(out: torch.Tensor, tile: Tile) -> Any:
-    """The map of the results, None where TMA cannot write them: rows have to start on 16 bytes."""
-    if out.shape[1] * out.itemsize % 16 or out.data_ptr() % 16:
-        return None
-    return _map(out, [tile.block_m, 64 * tile.bands])
-
-
-def _words(config: MatmulConfig, W: torch.Tensor, tile: Tile) -> Any:
-    from .versions import TensorDescriptor, gl
-
-    words = W.view(torch.int32).view(W.shape[0], -1, 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    return TensorDescriptor.from_tensor(words, [tile.bands * tile.consumers, 4, 128], layout)
-
-
-def _known(rule: Callable[[Any], Any]) -> Any:
-    return property(lambda self: constexpr(rule(self)))
-
-
 @dataclass(frozen=True)
-class Constants:
+class Constants(ConstantsBase):
     """What the compiler knows of a product; batch_kernels explains the terms. Kernels take all of
     them in one argument; an attribute is a constant to the compiler as it is a constexpr here."""
 
@@ -396,32 +367,28 @@ class Constants:
     REGISTERS: int
     LOADING_REGISTERS: int
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, constexpr(getattr(self, field.name)))
-
-    BODY_K = _known(lambda c: c.STAGE_K * c.UNROLL)
-    STEPS = _known(lambda c: c.STAGE_K // 64)
+    BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
+    STEPS = known(lambda c: c.STAGE_K // 64)
     # a pair of words of 1-bit codes covers 128 values of k
-    UNIT_K = _known(lambda c: 128 if c.WIDTH == 1 else 64)
-    TILE_UNITS = _known(lambda c: c.TILE_K // c.UNIT_K)
-    STAGE_UNITS = _known(lambda c: c.STAGE_K // c.UNIT_K)
-    BODY_UNITS = _known(lambda c: c.BODY_K // c.UNIT_K)
-    MAIN_CHUNKS = _known(lambda c: c.TILE_K * c.WIDTH // 256)
-    TILE_CHUNKS = _known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
-    STAGE_CHUNKS = _known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
-    WORDS = _known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
+    UNIT_K = known(lambda c: 128 if c.WIDTH == 1 else 64)
+    TILE_UNITS = known(lambda c: c.TILE_K // c.UNIT_K)
+    STAGE_UNITS = known(lambda c: c.STAGE_K // c.UNIT_K)
+    BODY_UNITS = known(lambda c: c.BODY_K // c.UNIT_K)
+    MAIN_CHUNKS = known(lambda c: c.TILE_K * c.WIDTH // 256)
+    TILE_CHUNKS = known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
+    STAGE_CHUNKS = known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
+    WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
-    STAGE_GROUPS = _known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
     # stages whose scales of a row are read at once, and the groups that they are of
-    RUN = _known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
-    RUN_GROUPS = _known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
-    GROUPS = _known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
+    RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
+    RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     # parts whose loads are under way together: as many as registers take
-    PARTS_AT_ONCE = _known(
+    PARTS_AT_ONCE = known(
         lambda c: max(1, min(4, 2 * (c.REGISTERS - 64) // (c.BANDS * c.BLOCK_M) - 1))
     )
-    EXTRAS = _known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
+    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
 def _registers(tile: Tile, grouped: bool) -> dict[str, int]:

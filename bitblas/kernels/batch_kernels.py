@@ -151,7 +151,7 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
 def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
     STEPS: gl.constexpr = P.STEPS
     for step in gl.static_range(STEPS):
-        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * 64]
+        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * A.block_type.shape[1]]
         tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
 
 
@@ -475,7 +475,7 @@ def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr)
         tma_store(OUT_MAP, [tile_m * P.BLOCK_M, row], c_smem)
     else:
         thread_barrier()
-        PIECE: gl.constexpr = 32
+        PIECE: gl.constexpr = min(32, P.BLOCK_M)
         L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         m = gl.arange(0, PIECE, gl.SliceLayout(1, L)).expand_dims(1)
         n = (row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(0, L))).expand_dims(0)

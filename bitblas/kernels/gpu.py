@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from .. import cache, plan
+from .. import cache, dense, plan
 from ..config import TORCH_DTYPES, MatmulConfig
 from ..layouts import layout_of
 from ..operands import input_features
-from . import batch, portable, quantize
+from . import batch, batch8, portable, quantize
 from .compile import Source
 from .launch import Launch
 from .prepared import Prepared, architecture, current_device, execute
@@ -49,6 +49,11 @@ def matmul(
     scale, zeros: (N, G), packed zeros (G, ceil(N*b/8)) int8. bias: (N,). input_scale: (m,) float32.
     global_scale: one float32. The caller has checked all of them.
     """
+    if dense.is_faster(config, A.shape[0], A.device):
+        weight = torch.empty((config.N, config.K), dtype=A.dtype, device=A.device)
+        dequantize(config, W, weight, scale, zeros, global_scale)
+        dense.matmul(A, weight, bias, out)
+        return
     operands = (A, W, scale, zeros, bias, input_scale, global_scale)
     addresses = [x.data_ptr() for x in (*operands, out) if x is not None]
     if reduce(or_, addresses) % 16 == 0:
@@ -174,7 +179,7 @@ def _launches(
 ) -> list[Launch]:
     family, tile = plan.pick(config, m, device)
     A, W, *extras = operands
-    if family is batch:  # TMA reads from multiples of 16 bytes
+    if family in (batch, batch8):  # TMA reads from multiples of 16 bytes
         A, W = _on_16_bytes(A), _on_16_bytes(W)
     steps: list[Launch] = family.launches(config, A, W, out, *extras, tile)
     return steps
@@ -313,6 +318,8 @@ def prepare(config: MatmulConfig, operands: Operands) -> Call | None:
     m = A.numel() // max(A.shape[-1], 1)
     packed = not config.is_dense and layout_of(W) is portable.layout(config)
     if not packed or m == 0 or not _all_plain(operands):
+        return None
+    if dense.is_faster(config, m, A.device):
         return None
     return Call(config, operands, m)
 

@@ -13,6 +13,18 @@ ROUND_AT_ONE = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it ends in the
 
 
 @triton.jit
+def follow_previous_kernel():
+    """Of a kernel that is started early (programmatic launch): wait until the one ahead is
+    complete, and let the next be started."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| as the int32 pattern of a float32, which orders as the value does, NaN last."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -67,13 +79,7 @@ def quantize_kernel(
     arithmetic in the order of the source, the same as on the CPU.
     """
     if PROGRAMMATIC:  # X may be what the kernel ahead is writing
-        tl.inline_asm_elementwise(
-            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+        follow_previous_kernel()
     if K_ALIGNED:  # lets the compiler see that rows start on 16 elements
         K = K // 16 * 16
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -1,0 +1,424 @@
+"""Launcher of the batch8 family: 8-bit activations, Hopper; see batch8_kernels.
+
+`serves` says whether the family computes a product, `candidates` lists the tiles worth measuring,
+the one that `microseconds` predicts to be the fastest first, `launches` says what to start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from ..config import MatmulConfig, MatmulConfigWithSplitK
+from ..formats import WeightFormat
+from ..layouts import FRAGMENT_8, Fragment
+from .batch import SWEEP
+from .decode import GPU, MAX_ROWS, SHARED_BYTES
+from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
+from .versions import gluon_available
+from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
+
+KERNELS = ("batch8",)
+_MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
+_MOST_GROUP = 8192
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up; batch_kernels explains the terms. stage_k is a multiple of 128."""
+
+    block_m: int
+    bands: int
+    consumers: int
+    stage_k: int
+    stages: int
+    unroll: int
+    blocks: int
+    kernel: str = "batch8"
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.bands * self.consumers
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll
+
+
+def serves(config: MatmulConfig, m: int, arch: int) -> bool:
+    """Whether this family computes the product of m rows on compute capability arch (90: 9.0)."""
+    # H200, 8192 x 8192, m = 1: 20 us by the portable gemv, which reads 8-bit weights as fast
+    return arch // 10 == 9 and (m > MAX_ROWS or config.bits < 8) and _serves(config)
+
+
+@lru_cache(maxsize=4096)
+def _serves(config: MatmulConfig) -> bool:
+    if _decoder(config) is None:
+        return False
+    if isinstance(config, MatmulConfigWithSplitK) and config.k_split > 1:
+        return False
+    if config.K % 16 or config.K >= _MOST_K:  # rows of A start on 16 bytes, for TMA
+        return False
+    if config.A_dtype == "e4m3_float8" and config.with_zeros:
+        return False
+    if _exact(config) and _group(config):
+        return False
+    group = _group(config)
+    least = max(128, FRAGMENT_8.block_k(config.bits))
+    if group and (group & (group - 1) or not least <= group <= _MOST_GROUP):
+        return False
+    return gluon_available()
+
+
+def layout(config: MatmulConfig) -> Fragment:
+    """The packed layout that the kernels read."""
+    return FRAGMENT_8
+
+
+def _group(config: MatmulConfig) -> int:
+    """Values of k that share a scale or zero point; 0 where all of a row do."""
+    if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
+        return 0
+    return config.group_length
+
+
+@dataclass(frozen=True)
+class ByteDecoder:
+    """Weights as bytes: value = unit * byte + shift. asm: PTX from the four words of a chunk, the
+    operands behind the registers, to registers of four bytes."""
+
+    asm: str
+    unit: float
+    shift: int
+
+
+@cache
+def byte_decoder(fmt: WeightFormat) -> ByteDecoder | None:
+    """The decoder of a format; None where it has none.
+
+    (word & mask) ^ flip, of a shifted word, leaves (code << up & mask) ^ flip in each byte.
+    """
+    bits = fmt.bits
+    if not fmt.is_integer or bits not in (1, 2, 4, 8):
+        return None
+    codes = torch.arange(1 << bits)
+    for up, flip, unit, shift in (
+        # at a byte's top, as signed formats want them, with 1 bit for -1 and 1; at its bottom
+        (8 - bits, 0x80 if bits < 8 else 0, 2.0 ** (bits - 8), 0),
+        (7, 0xC0, 2.0**-6, 0),
+        (0, 0, 1.0, 0),
+        (0, 0x80, 1.0, 128),
+    ):
+        found = ((codes << up & 0xFF) ^ flip).to(torch.uint8).view(torch.int8) * unit + shift
+        if found.tolist() == list(fmt.code_values()):
+            break
+    else:
+        return None
+    mask, count, per = (((1 << bits) - 1) << up & 0xFF) * 0x01010101, 32 // bits, 8 // bits
+    lines = ["{ .reg .b32 t;"]
+    for r in range(count):
+        word, left = f"${count + r // per}", up - r % per * bits
+        if left:
+            kind = "shl.b32" if left > 0 else "shr.u32"
+            lines.append(f"{kind} t, {word}, {abs(left)};")
+            word = "t"
+        lines.append(f"lop3.b32 ${r}, {word}, {mask:#x}, {flip * 0x01010101:#x}, 0x6a;")
+    return ByteDecoder(" ".join(lines) + " }", unit, shift)
+
+
+@cache
+def float_decoder(fmt: WeightFormat) -> ByteDecoder | None:
+    """The decoder of a format to e4m3 bytes; None where it has none.
+
+    Small e4m3 numbers are evenly spaced, by 2^-9: the byte c is c * 2^-9 up to 15. So codes of
+    signed integers become a sign and a magnitude, and those of E2M1, moved to the same place, are
+    2^-6 times their value.
+    """
+    bits = fmt.bits
+    if bits not in (2, 4, 8):
+        return None
+    count, per = 32 // bits, 8 // bits
+    if fmt.name == "e4m3_float8":
+        moves = " ".join(f"mov.b32 ${r}, ${count + r};" for r in range(4))
+        return ByteDecoder("{ " + moves + " }", 1.0, 0)
+    half = 1 << (bits - 1)
+    signed = bits < 8 and list(fmt.code_values()) == [c - half for c in range(1 << bits)]
+    if not signed and fmt.name != "fp4_e2m1":
+        return None
+
+    def move(target: str, word: str, left: int) -> str:
+        kind = "shl.b32" if left >= 0 else "shr.u32"
+        return f"{kind} {target}, {word}, {abs(left)};"
+
+    lines = ["{ .reg .b32 t, s, p, m;"]
+    for r in range(count):
+        word, at = f"${count + r // per}", r % per * bits
+        if signed:
+            field, middle = (1 << bits) - 1, half * 0x01010101
+            lines += [
+                move("t", word, -at),
+                f"and.b32 t, t, {field * 0x01010101:#x};",
+                f"sub.u32 s, {0x80808080 + middle:#x}, t;",  # of negative values
+                f"xor.b32 p, t, {middle:#x};",  # of the others
+                move("m", "t", 8 - bits),
+                "prmt.b32 m, m, m, 0xba98;",  # all ones for those
+                f"lop3.b32 ${r}, m, p, s, 0xca;",
+            ]
+        else:
+            lines += [
+                move("s", word, 4 - at),
+                move("t", word, 2 - at),
+                "and.b32 t, t, 0x1c1c1c1c;",
+                f"lop3.b32 ${r}, s, 0x80808080, t, 0xea;",
+            ]
+    return ByteDecoder(" ".join(lines) + " }", 2.0**9 if signed else 2.0**6, 0)
+
+
+def _decoder(config: MatmulConfig) -> ByteDecoder | None:
+    if config.A_dtype == "int8":
+        return byte_decoder(config.format)
+    return float_decoder(config.format) if config.A_dtype == "e4m3_float8" else None
+
+
+def _exact(config: MatmulConfig) -> bool:
+    """Whether results are integers without any factor, which float32 cannot hold."""
+    integers = not config.torch_out_dtype.is_floating_point and not config.with_scaling
+    return integers and (not config.with_zeros or config.zeros_mode == "quantized")
+
+
+def _needs_sums(config: MatmulConfig) -> bool:
+    """Whether sums of A's rows take part."""
+    decoder = _decoder(config)
+    return config.with_zeros or (decoder is not None and decoder.shift != 0)
+
+
+def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
+    """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
+    stage = tile.stage_k * (tile.block_m + tile.rows * config.bits // 8)
+    out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
+    return tile.stages * (stage + 16) + out + 1024
+
+
+def stands_for(measured: int, m: int) -> bool:
+    """Whether a tile measured with so many rows is taken for m."""
+    return _bucket(measured) == _bucket(m)
+
+
+def _bucket(m: int) -> int:
+    """m's that share their tiles: up to 256, powers of two; above, within a quarter."""
+    if m <= 256:
+        return max(16, 1 << (m - 1).bit_length())
+    step = 1 << ((m - 1).bit_length() - 3)
+    return -(-m // step) * step
+
+
+def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
+    """Tiles worth measuring for m rows, the one that should be the fastest first."""
+    return list(_candidates(config, _bucket(m), gpu or GPU()))
+
+
+# block_m, bands, consumers, values of k in a stage, stages that are unrolled
+_SHAPES = {
+    16: ((16, 1, 1, 512, 1), (16, 1, 2, 256, 2), (16, 1, 1, 256, 2)),
+    32: ((32, 1, 1, 512, 1), (32, 1, 2, 256, 2), (32, 1, 1, 256, 2)),
+    64: ((64, 1, 1, 256, 1), (64, 1, 2, 256, 2), (64, 1, 2, 256, 1)),
+    128: ((128, 1, 2, 128, 2), (128, 2, 2, 128, 1), (128, 1, 1, 128, 2), (64, 2, 2, 128, 2)),
+    256: ((256, 1, 2, 128, 1), (128, 2, 2, 128, 1), (128, 1, 2, 128, 2), (64, 2, 2, 128, 2)),
+}
+
+
+@lru_cache(maxsize=4096)
+def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
+    tiles = []
+    for shape in _SHAPES[min(m, 256)]:
+        if _fits_registers(config, shape[0], shape[1]):
+            # two small blocks can share a multiprocessor
+            for each in (1, 2) if shape[2] == 1 else (1,):
+                tiles.append(_fitting(config, gpu, each, *shape))
+    found = dict.fromkeys(tile for tile in tiles if tile is not None)
+    return tuple(sorted(found, key=lambda tile: microseconds(config, m, tile, gpu)))
+
+
+def _promoted(config: MatmulConfig) -> bool:
+    """Whether the sums of a body are added to those before in float32."""
+    return _group(config) != 0 or config.A_dtype != "int8"
+
+
+def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
+    """Promoted sums take as many registers again, those of A's rows a few for each column."""
+    if _promoted(config):
+        return bands * block_m <= 128 and block_m <= (64 if _needs_sums(config) else 128)
+    return block_m <= (128 if _needs_sums(config) else 256)
+
+
+def _fitting(
+    config: MatmulConfig, gpu: GPU, each: int, block_m: int, bands: int, consumers: int,
+    stage_k: int, unroll: int,
+) -> Tile | None:  # fmt: skip
+    """The tile with as many stages as shared memory allows; None where those are too few.
+
+    each: blocks on a multiprocessor.
+    """
+    most = _group(config)
+    if config.A_dtype != "int8":  # short sums, for the matrix units round them
+        most = 128
+    if most:
+        stage_k, unroll = min(stage_k * unroll, most), 1
+    stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
+    blocks = each * gpu.multiprocessors
+    for stages in range(16, 1, -1):
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks)
+        if shared_bytes(config, tile) <= SHARED_BYTES // each - (each - 1) * 1024:
+            return tile
+    return None
+
+
+def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """How many tiles a product is cut into."""
+    return -(-config.N // tile.rows) * -(-m // tile.block_m)
+
+
+def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
+    """What a product should take, from counts of matrix instructions and bytes.
+
+    Measured on an H200, N = K = 8192: a multiprocessor takes in 48 bytes a cycle (m = 64, int2 to
+    int8), and its matrix units sustain 0.93 of their peak (m = 4096).
+    """
+    tiles = tiles_of(config, m, tile)
+    blocks = min(tile.blocks, tiles)
+    bodies = -(-tiles // blocks) * -(-config.K // tile.body_k)
+    weights = tile.rows * tile.body_k
+    traffic = (tile.body_k * min(tile.block_m, m) + weights * config.bits / 8) / 48
+    cycles = weights * tile.block_m / 4096 / 0.93
+    if _promoted(config):
+        cycles += tile.rows * tile.block_m * (0.02 if config.A_dtype == "int8" else 0.01)
+    # of two that multiply as fast, the one that reads less; blocks on one multiprocessor take turns
+    cycles = (max(cycles, traffic) + 0.02 * traffic) * -(-blocks // gpu.multiprocessors)
+    read = (config.N * config.K * config.bits / 8 + m * config.K) / gpu.bytes_per_us
+    return 3.0 + max(bodies * cycles / gpu.cycles_per_us, read)
+
+
+def launches(
+    config: MatmulConfig,
+    A: torch.Tensor,
+    W: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> list[Launch]:
+    """What computes out (m, N) = A (m, K) times the packed weight, transposed.
+
+    Operands as for bitblas.kernels.gpu.matmul; A starts on 16 bytes.
+    """
+    from . import batch8_kernels
+
+    m = A.shape[0]
+    tile = tile or candidates(config, m)[0]
+    group = _group(config)
+    sums = Workspace((config.num_groups if group else 1, m), torch.int32)
+    pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
+    steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
+    arguments = {
+        "A": tma_map(A, [tile.block_m, 128]),
+        "W": words_map(W, tile.bands * tile.consumers),
+        "OUT": out,
+        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
+        "SCALE": scale,
+        "ZEROS": zeros,
+        "INPUT_SCALE": input_scale,
+        "BIAS": bias,
+        "SUMS": sums if steps else None,
+        "M": m,
+        "N": config.N,
+        "K": config.K,
+        "G": config.num_groups,
+        "EARLY": Settled(),
+    }
+    constants = {"P": _constants(config, tile)}
+    # registers of a thread before warps are told apart: a block's threads share all of them
+    options = {**pdl, "maxnreg": {1: 128, 2: 168}[tile.consumers]}
+    grid = (min(tile.blocks, tiles_of(config, m, tile)),)
+    steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
+    return steps
+
+
+def _row_sums(
+    config: MatmulConfig, A: torch.Tensor, sums: Workspace, group: int, pdl: dict[str, Any]
+) -> Launch:
+    from . import batch8_kernels
+
+    m, block = A.shape[0], max(4096, group)
+    arguments = {"A": A, "SUMS": sums, "M": m, "K": config.K, "G": config.num_groups}
+    constants = {"GROUP": group, "BLOCK": block, "PROGRAMMATIC": bool(pdl)}
+    grid = (m, -(-config.K // block) if group else 1)
+    return Launch(batch8_kernels.row_sums_kernel, grid, arguments, constants, 4, 1, pdl)
+
+
+@dataclass(frozen=True)
+class Constants(ConstantsBase):
+    """What the compiler knows of a product; batch8_kernels and batch_kernels explain the terms."""
+
+    BITS: int
+    WIDTH: int
+    ASM: str
+    CONSTRAINTS: str
+    UNIT: float
+    UNIT_BITS: int
+    SHIFT: int
+    SCALED: bool
+    ZEROS_KIND: str
+    GROUP: int
+    FLOAT: bool
+    PROMOTED: bool
+    EXACT: bool
+    BLOCK_M: int
+    BANDS: int
+    CONSUMERS: int
+    STAGES: int
+    STAGE_K: int
+    UNROLL: int
+    SWEEP: int
+
+    BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
+    STEPS = known(lambda c: c.STAGE_K // 128)
+    STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
+    BODY_HALVES = known(lambda c: c.STAGE_K * c.UNROLL // 64)
+    DECODED = known(lambda c: max(1, 4 // c.WIDTH))
+    STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
+
+
+@lru_cache(maxsize=4096)
+def _constants(config: MatmulConfig, tile: Tile) -> Constants:
+    decoder = _decoder(config)
+    assert decoder is not None  # _serves has seen to it
+    return Constants(
+        BITS=config.bits,
+        WIDTH=config.bits,
+        ASM=decoder.asm,
+        CONSTRAINTS=",".join(["=&r"] * (32 // config.bits) + ["r"] * 4),
+        UNIT=decoder.unit,
+        UNIT_BITS=max(0, -int(math.log2(decoder.unit))),
+        SHIFT=decoder.shift,
+        SCALED=config.with_scaling,
+        ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
+        GROUP=_group(config),
+        FLOAT=config.A_dtype != "int8",
+        PROMOTED=_promoted(config),
+        EXACT=_exact(config),
+        BLOCK_M=tile.block_m,
+        BANDS=tile.bands,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        STAGE_K=tile.stage_k,
+        UNROLL=tile.unroll,
+        SWEEP=SWEEP,
+    )

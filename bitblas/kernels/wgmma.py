@@ -1,0 +1,51 @@
+"""What the launchers of the batch families share: TMA maps, and constants in one argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from triton.language import constexpr
+
+
+def tma_map(x: torch.Tensor, block: list[int]) -> Any:
+    """A TMA map of a row-major matrix, swizzled as wgmma reads it."""
+    from .versions import TensorDescriptor, gl
+
+    # the layout depends on the size alone
+    kind = {1: gl.int8, 2: gl.float16, 4: gl.float32}[x.itemsize]
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    return TensorDescriptor.from_tensor(x, block, layout)
+
+
+def results_map(out: torch.Tensor, block: list[int]) -> Any:
+    """The map of the results, None where TMA cannot write them: rows have to start on 16 bytes."""
+    if out.shape[1] * out.itemsize % 16 or out.data_ptr() % 16:
+        return None
+    return tma_map(out, block)
+
+
+def words_map(W: torch.Tensor, tiles: int) -> Any:
+    """The map of a packed weight as (row tiles of the layout, chunks along K * 4, 128) words, by
+    chunks of so many row tiles."""
+    from .versions import TensorDescriptor, gl
+
+    words = W.view(torch.int32).view(W.shape[0], -1, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    return TensorDescriptor.from_tensor(words, [tiles, 4, 128], layout)
+
+
+def known(rule: Callable[[Any], Any]) -> Any:
+    """An attribute of a ConstantsBase that follows from its fields."""
+    return property(lambda self: constexpr(rule(self)))
+
+
+class ConstantsBase:
+    """Base of frozen dataclasses that tell a kernel in one argument all that the compiler knows of
+    a product: an attribute is a constant to the compiler as it is a constexpr here."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # those derived are dataclasses
+            object.__setattr__(self, field.name, constexpr(getattr(self, field.name)))
