@@ -30,7 +30,7 @@ def drawn_config(rng: random.Random, a: str, w: str, zeros: str | None) -> Matmu
     """Any product of the combination that the family serves, of odd sizes mostly."""
     fmt = FORMATS[w]
     group = fmt.fixed_group_size or rng.choice((32, 64, 128, 256, -1))
-    if fmt.bits == 1 and group == 32:
+    if fmt.bits in (1, 3) and group == 32:
         group = 64
     if group == -1:
         k = 8 * rng.choice((1, 2, 9, 70, 131, 520))

@@ -37,7 +37,7 @@ TURNS = zip(
 CASES = [
     (a, w, zeros if FORMATS[w].is_integer else None, m, n, k, 32 if k % group else group)
     for w, a, m, (n, k), zeros, group in TURNS
-    if not (FORMATS[w].bits == 1 and k % group)
+    if not (FORMATS[w].bits in (1, 3) and k % group)
 ]
 CASES += [  # the common products
     ("float16", "uint4", "original", 32, 4096, 4096, 128),
@@ -91,7 +91,7 @@ def test_candidates_fit_and_are_all_different(m):
         group = FORMATS[w].fixed_group_size or group
         config = compat.make_config(a, w, zeros, N=n, K=k, group_size=group)
         if not batch.serves(config, m, 90):
-            assert FORMATS[w].bits == 1 and group == 32  # a word would have two scales
+            assert FORMATS[w].bits in (1, 3) and group == 32
             continue
         tiles = batch.candidates(config, m)
         assert tiles and len(set(tiles)) == len(tiles)

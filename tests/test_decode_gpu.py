@@ -49,6 +49,9 @@ UNALIKE = [
     ("nf4", "bfloat16", None, 64, 8, Tile(8, 1, 128, 1, 65, slabs=2)),
     ("nf4", "float16", None, -1, 16, Tile(8, 4, 64, 1, 5, slabs=2)),
     ("nvfp4", "float16", None, 16, 1, Tile(16, 1, 64, 1, 30, slabs=2)),
+    ("nvfp4", "bfloat16", None, 16, 16, Tile(8, 2, 64, 4, 11, slabs=2)),
+    ("mxfp4", "bfloat16", None, 32, 8, Tile(8, 2, 64, 2, 33)),
+    ("uint2", "float16", "original", 64, 1, Tile(8, 2, 128, 2, 11)),
     ("e4m3_float8", "float16", None, 128, 8, Tile(8, 2, 64, 2, 17)),
 ]
 

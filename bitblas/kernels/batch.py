@@ -81,8 +81,9 @@ def _serves(config: MatmulConfig) -> bool:
 
 
 def _smallest_group(config: MatmulConfig) -> int:
-    """The values of k in a word."""
-    return max(16, 64 // planes(config.bits)[0][0])
+    """The values of k in a word; of 3 bits, whose stages are long, what leaves enough registers."""
+    widths = [width for width, _ in planes(config.bits)]
+    return 64 if len(widths) > 1 else max(16, 64 // widths[0])
 
 
 def layout(config: MatmulConfig) -> Fragment:
@@ -406,7 +407,7 @@ def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), _group(config)
     widths = [width for width, _ in planes(config.bits)]
-    known = Constants(
+    found = Constants(
         BITS=config.bits,
         WIDTH=widths[0],
         EXTRA=widths[1] if len(widths) > 1 else 0,
@@ -433,4 +434,4 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         SHARED=in_parts,
         **_registers(tile, group != 0),
     )
-    return replace(known, ALIGNED=config.num_groups % known.RUN_GROUPS.value == 0)
+    return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)
