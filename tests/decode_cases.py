@@ -180,13 +180,20 @@ class Repeated:
         self.product, self._out = product, product.out()
         steps = product.launches(tile, self._out)
         values = [getattr(x, "base", x) for step in steps for x in step.arguments.values()]
-        self._operands = [x for x in values if isinstance(x, torch.Tensor)]
-        places = {id(x): i for i, x in enumerate(self._operands)}
+        # by storage: an argument may be a view of an operand, or a TMA map of it beside itself
+        self._operands = {_storage(x): x for x in values if isinstance(x, torch.Tensor)}
+        places = {key: i for i, key in enumerate(self._operands)}
         device = torch.device("cuda", torch.cuda.current_device())
-        self._prepared = Prepared(steps, device, len(places), lambda x: places[id(x)])
+        self._prepared = Prepared(steps, device, len(places), lambda x: places[_storage(x)])
 
     def start(self, out: torch.Tensor, A: torch.Tensor | None = None, settled: bool = True) -> None:
         """Write the product of A (default: the problem's) to out. settled: see launch.Settled."""
-        swaps = {id(self._out): out, id(self.product.A): self.product.A if A is None else A}
-        operands = [swaps.get(id(x), x) for x in self._operands]
+        swaps = {_storage(self._out): out}
+        if A is not None:
+            swaps[_storage(self.product.A)] = A
+        operands = [swaps.get(key, x) for key, x in self._operands.items()]
         self._prepared.run([x.data_ptr() for x in operands], settled)
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata

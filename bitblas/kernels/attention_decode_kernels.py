@@ -18,9 +18,10 @@ Values: rows are dims, k is the key: 2c, 2c+1, 2c+8, 2c+9 are keys 4c, 4c+2, 4c+
 get there by a transpose of 8 x 8 in the registers of a warp. Lane g reads pieces of its keys' rows
 and puts codes of two keys side by side; which dim a row means is free, and is settled when stored.
 
-Codes as float16: int4 and, for keys, int8 stay what they are in low mantissa bits, a subnormal
-2^-24 as large as the code; what they miss is put right in scores and sums. An int4 of a byte's high
-nibble is 16 times as large, for which its query is divided by 16.
+Codes as float16: keys of int4 and int8 stay what they are in low mantissa bits, a subnormal 2^-24
+as large as the code; what they miss is put right in the scores. Values, of which sums go over all
+keys, are centred. An int4 of a byte's high nibble is 16 times as large, for which its query, or its
+sum, is divided by 16.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -360,6 +361,24 @@ def key_operands(words, KIND: gl.constexpr):
 
 
 @gluon.jit
+def centred_nibbles(x):
+    """code - 8 of a word's low nibbles and 16 * (code - 8) of its high ones, in float16.
+
+    Sums of codes that are off by their mean would lose digits: a tensor core cuts off what a sum
+    has no room for, which over many keys amounts to more than values that nearly cancel.
+    """
+    y = (x >> 8) & 0x00FFFFFF
+    low = gl.full(x.shape, 0x64086408, gl.int32, x.type.layout)  # 1024 + 8
+    high = gl.full(x.shape, 0x64806480, gl.int32, x.type.layout)  # 1024 + 16 * 8
+    return (
+        subtract_halves((x & 0x000F000F) | 0x64006400, low),
+        subtract_halves((x & 0x00F000F0) | 0x64006400, high),
+        subtract_halves((y & 0x000F000F) | 0x64006400, low),
+        subtract_halves((y & 0x00F000F0) | 0x64006400, high),
+    )
+
+
+@gluon.jit
 def value_operands(even, odd, KIND: gl.constexpr):
     """Registers of the words of two keys: one for each dim that the words hold."""
     result = ()
@@ -367,12 +386,8 @@ def value_operands(even, odd, KIND: gl.constexpr):
         a = even[w]
         b = odd[w]
         if KIND == "int4":
-            x = permute_bytes(a, b, 0x5410)
-            y = (x >> 8) & 0x00FFFFFF
-            result = result + (x & 0x000F000F, x & 0x00F000F0, y & 0x000F000F, y & 0x00F000F0)
-            x = permute_bytes(a, b, 0x7632)
-            y = (x >> 8) & 0x00FFFFFF
-            result = result + (x & 0x000F000F, x & 0x00F000F0, y & 0x000F000F, y & 0x00F000F0)
+            result = result + centred_nibbles(permute_bytes(a, b, 0x5410))
+            result = result + centred_nibbles(permute_bytes(a, b, 0x7632))
         elif KIND == "int8":
             # 1024 + 128 + code, less 1152: sums of codes that are off by 128 would lose digits
             a = a ^ -2139062144  # 0x80808080
@@ -673,6 +688,9 @@ def add_step(
                 z0 = pack_halves(low, high, False)
                 low, high = unpack_halves(z1, True)
                 z1 = pack_halves(low, high, False)
+            eight = gl.full(z0.shape, 0x48004800, gl.int32, z0.type.layout)
+            z0 = subtract_halves(z0, eight)
+            z1 = subtract_halves(z1, eight)
             near = permute_bytes(z0, z1, 0x5410)
             far = permute_bytes(z0, z1, 0x7632)
             nil = gl.full(near.shape, 0, gl.int32, near.type.layout)
@@ -867,7 +885,7 @@ def attend_few(
             for e in gl.static_range(4):
                 value = acc[j * HALVES + h][e]
                 if V_KIND == "int4":  # the even rows are low nibbles
-                    value = value * (16777216.0 if e < 2 else 1048576.0) - zero_acc[h][e % 2]
+                    value = value * (1.0 if e < 2 else 0.0625) - zero_acc[h][e % 2]
                 scaled = scaled + (value * weights[2 * h + e % 2],)
     parts.permute((0, 2, 1)).store(join_all(scaled))
     SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
