@@ -7,6 +7,9 @@ formats that take many instructions to decode. The copy takes 2 * N * K bytes du
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from . import cache, plan
@@ -32,6 +35,17 @@ def allow_dense_copies(allow: bool = True) -> None:
     if _allowed != bool(allow):
         _allowed = bool(allow)
         cache.choices_changed()  # prepared calls do not know of it
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """No dense copies within: what is timed is a kernel."""
+    before = _allowed
+    allow_dense_copies(False)
+    try:
+        yield
+    finally:
+        allow_dense_copies(before)
 
 
 def is_faster(config: MatmulConfig, m: int, device: torch.device) -> bool:

@@ -316,8 +316,11 @@ class Matmul(Operator):
             # past the autograd formula: 13 of the 85 us of a small call on a Zen 3
             with torch._C._AutoDispatchBelowAutograd():
                 return torch.ops.bitblas.matmul(*operands)
-        if A.requires_grad and torch.is_grad_enabled():
-            raise ValueError("output: not with an A that requires grad; the gradient would be lost")
+        for name, x in (("an A", A), ("a bias", bias)):
+            if x is not None and x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"output: not with {name} that requires grad; the gradient would be lost"
+                )
         torch.ops.bitblas.matmul_out(*operands, output)
         return output
 

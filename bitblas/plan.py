@@ -78,6 +78,8 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
     """Time `call`, of m rows, with the first `topk` candidates; record the fastest."""
     from triton.runtime.errors import OutOfResources
 
+    from . import dense
+
     device = torch.device("cuda", torch.cuda.current_device())
     choices = cache.recorded_choices(config, cache.device_name(device))
     best: tuple[float, dict[str, Any] | None] = (float("inf"), None)
@@ -86,7 +88,8 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
             choices[m] = dataclasses.asdict(tile)
             cache.choices_changed()
             try:
-                milliseconds = gpu_milliseconds(call)
+                with dense.switched_off():
+                    milliseconds = gpu_milliseconds(call)
             except OutOfResources as error:  # a tile for GPUs with more shared memory
                 logger.debug("m=%d %s: %s", m, tile, error)
                 continue

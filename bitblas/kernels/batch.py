@@ -22,6 +22,7 @@ from .versions import gluon_available
 from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
 
 KERNELS = ("batch",)
+MOST_PARTS = 256  # of a shared tile, whose flags a warpgroup looks at
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
@@ -129,9 +130,12 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
 
 
 def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Tiles whose bodies are dealt out to all blocks."""
+    """Tiles whose bodies are dealt out to all blocks; none where they would be in too many parts."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
-    return tiles_n * tiles_m % _blocks(config, m, tile) if tile.share else 0
+    blocks = _blocks(config, m, tile)
+    shared = tiles_n * tiles_m % blocks if tile.share else 0
+    few = not shared or parts(shared, _bodies(config, tile), blocks) <= MOST_PARTS
+    return shared if few else 0
 
 
 def _bodies(config: MatmulConfig, tile: Tile) -> int:
@@ -357,6 +361,7 @@ class Constants(ConstantsBase):
     GROUP: int
     ALIGNED: bool
     BLOCK_M: int
+    MOST_PARTS: int
     BANDS: int
     CONSUMERS: int
     STAGES: int
@@ -425,6 +430,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,
+        MOST_PARTS=MOST_PARTS,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
         STAGES=tile.stages,

@@ -529,6 +529,7 @@ def sum_parts(
     thread_barrier()
     fence("acq_rel")
     gl.store(FLAGS + (mine * P.CONSUMERS + WHO), TAG)
+    thread_barrier()  # one thread writes the flag, others look at flags on its behalf
     fence("sc")
     # the blocks that have the tile's first and last body
     units = shared * bodies
@@ -536,7 +537,7 @@ def sum_parts(
     last = ((nth * bodies + bodies) * blocks - 1) // units
     # each flag is read by one thread, so that all threads come to the same conclusion
     L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    block = first + gl.arange(0, 256, L)
+    block = first + gl.arange(0, P.MOST_PARTS, L)
     slots, some = part_slot(block, nth, shared, bodies)
     some = some & (block <= last)
     where = FLAGS + (slots * P.CONSUMERS + WHO)
@@ -561,7 +562,7 @@ def sum_parts(
                         mask=all_of_it & some_b & (b + i <= last), other=0.0,
                         cache_modifier=".cg",
                     )  # fmt: skip
-        gl.store(where, gl.zeros([256], gl.int64, L), mask=some)
+        gl.store(where, gl.zeros([P.MOST_PARTS], gl.int64, L), mask=some)
     return acc, missing == 0
 
 

@@ -116,8 +116,8 @@ class QuantizerCall:
     def __init__(self, x: torch.Tensor, dtype: str) -> None:
         self._run = _quantizer(x, dtype).run
         # empty_like takes a third of the time of torch.empty with a shape, a dtype and a device
-        self._q = x.new_empty(1, dtype=TORCH_DTYPES[dtype]).expand(x.shape)
-        self._scale = x.new_empty(1, dtype=torch.float32).expand(x.shape[:-1])
+        self._q = x.new_empty((), dtype=TORCH_DTYPES[dtype]).expand(x.shape)
+        self._scale = x.new_empty((), dtype=torch.float32).expand(x.shape[:-1])
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """None where this is not how to do it."""
@@ -289,6 +289,9 @@ class Call:
         A = operands[0]
         assert A is not None
         self._generation = cache.generation()
+        self._checked_only = dense.is_faster(config, m, A.device)  # for now: that may change
+        if self._checked_only:
+            return
         prepared = _prepare(config, operands, m)
         self._run, self._asks_settled = prepared.run, prepared.asks_settled
         # empty_like takes half the time of torch.empty with a shape, a dtype and a device
@@ -297,6 +300,8 @@ class Call:
 
     def __call__(self, operands: Operands) -> torch.Tensor | None:
         """None where this is no longer, or for these operands not, how to do it."""
+        if self._checked_only:
+            return None
         try:
             addresses = [x.data_ptr() for x in operands if x is not None]
         except RuntimeError:  # a tensor within vmap or the like, which has none
@@ -318,8 +323,6 @@ def prepare(config: MatmulConfig, operands: Operands) -> Call | None:
     m = A.numel() // max(A.shape[-1], 1)
     packed = not config.is_dense and layout_of(W) is portable.layout(config)
     if not packed or m == 0 or not _all_plain(operands):
-        return None
-    if dense.is_faster(config, m, A.device):
         return None
     return Call(config, operands, m)
 
