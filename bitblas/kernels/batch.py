@@ -130,7 +130,7 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
 
 
 def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Tiles whose bodies are dealt out to all blocks; none where they would be in too many parts."""
+    """Tiles whose bodies are dealt out to all blocks; none if they would be in too many parts."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks = _blocks(config, m, tile)
     shared = tiles_n * tiles_m % blocks if tile.share else 0
