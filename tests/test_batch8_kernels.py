@@ -91,6 +91,17 @@ def test_exact_integers_of_groups_are_left_to_others():
     assert batch8.serves(compat.make_config("int8", "uint4", "original", **EXACT), 64, 90)
 
 
+@pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "float32"])
+def test_exact_integers_that_cancel_before_they_are_floats_are_left_to_others(out_dtype):
+    for w in DECODED:
+        for zeros in (None, "quantized"):
+            fields = dict(group_size=-1, with_scaling=False)
+            cancels = zeros is not None or w == "uint8"
+            config = make_config(w, zeros, **fields, out_dtype=out_dtype)
+            assert batch8.serves(config, 64, 90) is not cancels
+            assert batch8.serves(make_config(w, zeros, **fields, out_dtype="int32"), 64, 90)
+
+
 def test_few_rows_of_8_bit_weights_are_left_to_others():
     assert [batch8.serves(make_config("int8"), m, 90) for m in (1, 16, 17)] == [False, False, True]
     assert batch8.serves(make_config("int4"), 1, 90)

@@ -141,6 +141,11 @@ def test_gradient_with_output_is_refused(seed):
     output = torch.empty(5, 40, dtype=torch.float16, device=DEVICE)
     with pytest.raises(ValueError, match="output: not with an A that requires grad"):
         layer(x.requires_grad_(), output=output)
+    layer.bias.requires_grad_()
+    with pytest.raises(ValueError, match="output: not with a bias that requires grad"):
+        layer(x.detach(), output=output)
+    with torch.no_grad():
+        assert torch.equal(layer(x, output=output), layer(x))
 
 
 def test_tangents_are_refused(seed):

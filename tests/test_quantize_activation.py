@@ -1,5 +1,7 @@
 """quantize_activation: values, rows that are special, errors, and the registered operator."""
 
+import re
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -169,6 +171,13 @@ def test_bad_arguments_are_refused_by_name(name):
     if isinstance(arguments[0], torch.Tensor) and not arguments[0].is_sparse:
         with pytest.raises(error, match=message):
             torch.ops.bitblas.quantize_activation(*(*arguments, "int8")[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, ["int8"], None], ids=str)
+def test_a_dtype_that_is_no_name_is_refused(dtype):
+    message = re.escape(f"dtype: got {dtype!r}, expected int8 or e4m3_float8")
+    with pytest.raises(TypeError, match=message):
+        quantize_activation(torch.ones(2, 4, device=DEVICE), dtype)
 
 
 # the registered operator

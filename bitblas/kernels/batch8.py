@@ -51,7 +51,11 @@ class Tile:
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
-    """Whether this family computes the product of m rows on compute capability arch (90: 9.0)."""
+    """Whether this family computes the product of m rows on compute capability arch (90: 9.0).
+
+    Not those of integers alone whose results need sums of A and are floats, or of several groups:
+    the portable family has them in int32, exactly.
+    """
     # H200, 8192 x 8192, m = 1: 20 us by the portable gemv, which reads 8-bit weights as fast
     return arch // 10 == 9 and (m > MAX_ROWS or config.bits < 8) and _serves(config)
 
@@ -66,9 +70,9 @@ def _serves(config: MatmulConfig) -> bool:
         return False
     if config.A_dtype == "e4m3_float8" and config.with_zeros:
         return False
-    if _exact(config) and _group(config):
-        return False
     group = _group(config)
+    if _integers(config) and _needs_sums(config) and (group or not _exact(config)):
+        return False  # float32 would round sums that may cancel
     least = max(128, FRAGMENT_8.block_k(config.bits))
     if group and (group & (group - 1) or not least <= group <= _MOST_GROUP):
         return False
@@ -185,10 +189,15 @@ def _decoder(config: MatmulConfig) -> ByteDecoder | None:
     return float_decoder(config.format) if config.A_dtype == "e4m3_float8" else None
 
 
+def _integers(config: MatmulConfig) -> bool:
+    """Whether nothing but integers take part (input_scale aside): then results are exact."""
+    zeros = config.with_zeros and config.zeros_mode != "quantized"
+    return config.A_dtype == "int8" and not config.with_scaling and not zeros
+
+
 def _exact(config: MatmulConfig) -> bool:
-    """Whether results are integers without any factor, which float32 cannot hold."""
-    integers = not config.torch_out_dtype.is_floating_point and not config.with_scaling
-    return integers and (not config.with_zeros or config.zeros_mode == "quantized")
+    """Whether results are integers too: the kernel has sums in int32 to their end then."""
+    return _integers(config) and not config.torch_out_dtype.is_floating_point
 
 
 def _needs_sums(config: MatmulConfig) -> bool:

@@ -11,8 +11,8 @@ comes in with the sums of products, P, and of A, S (row_sums), over a group:
 
     s * UNIT * P - (s * (z - SHIFT)) * S   or   s * UNIT * P - (z - s * SHIFT) * S
 
-in float32, once a body where rows have several groups, else once at the end. Without scales, and
-for integer results, it is all in int32.
+in float32, once a body where rows have several groups, else once at the end. Integer results of
+integers alone (EXACT) are all in int32.
 
     step     128 values of k, a row of A in a swizzled tile of shared memory
     half     64 of them, what one call multiplies: two instructions' depth

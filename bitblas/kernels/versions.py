@@ -26,14 +26,12 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
-    from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
         tma,
         warpgroup_mma,
-        warpgroup_mma_init,
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -66,7 +64,6 @@ __all__ = [
     "gl",
     "gluon",
     "gluon_available",
-    "hopper",
     "is_gluon",
     "mbarrier",
     "mma_v2",
@@ -78,7 +75,6 @@ __all__ = [
     "tma_load",
     "tma_store",
     "warpgroup_mma",
-    "warpgroup_mma_init",
     "warpgroup_mma_wait",
     "why_no_gluon",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..config import QUANTIZED_ACTIVATIONS
 from ..operands import check_no_tangent, check_tensor
 from ..repeat import MOST_CALLS, kind_of, plain_eager
 from ..torch_ops import Quantizer, prepare_quantizer
@@ -25,6 +26,8 @@ def quantize_activation(x: torch.Tensor, dtype: str = "int8") -> tuple[torch.Ten
 
     Raises ValueError or TypeError for another dtype of x or q, and for rows without values.
     """
+    if not isinstance(dtype, str):
+        raise TypeError(f"dtype: got {dtype!r}, expected {' or '.join(QUANTIZED_ACTIVATIONS)}")
     kind = None
     if plain_eager():
         kind = (dtype, kind_of((x,)))
