@@ -9,6 +9,7 @@ import torch
 from .attention_config import FlashAttenConfig
 from .attention_ops import BACKENDS, Optional, choose, differentiable
 from .matmul import Operator
+from .operands import check_no_tangent, check_tensor
 
 __all__ = ["FlashAtten", "FlashAttenConfig"]
 
@@ -71,20 +72,21 @@ class FlashAtten(Operator):
         [batch, k_len, kv_heads], Q's dtype or float32 (bitblas.quantize_kv makes them).
 
         16-bit Q, K and V may require gradients: torch's own operators serve then. Raises ValueError
-        or TypeError that names the operand.
+        or TypeError that names the operand; ValueError for gradients that there are not: of
+        quantised calls and their scales, with a tensor as kv_len, in forward mode.
         """
         numbers: tuple[Optional, ...] = (k_scale, k_zeros, v_scale, v_zeros)
         for name, x in zip(_NAMES, (Q, K, V, *numbers, output)):
-            if not isinstance(x, torch.Tensor) and (x is not None or name in ("Q", "K", "V")):
-                raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
+            if x is not None or name in ("Q", "K", "V"):
+                check_tensor(name, x)
+                check_no_tangent(name, x)  # type: ignore[arg-type]
         if kv_len is not None and not isinstance(kv_len, torch.Tensor):
             K, V, numbers = self._shorten(K, V, numbers, kv_len)
             kv_len = None
         if torch.is_grad_enabled() and any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in (Q, K, V)
+            x is not None and x.requires_grad for x in (Q, K, V, *numbers)
         ):
-            product = differentiable(self.config, self.backend, Q, K, V, kv_len)
-            return product if output is None else output.copy_(product)
+            return differentiable(self.config, self.backend, Q, K, V, numbers, kv_len, output)
         operands = (Q, K, V, *numbers, kv_len, self._key, self.backend)
         if output is None:
             return torch.ops.bitblas.attention(*operands)
@@ -100,6 +102,10 @@ class FlashAtten(Operator):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[Optional, ...]]:
         """Their first kv_len tokens."""
         axis = 3 if self.config.layout == "ntn" else 1
+        for name, x in zip(_NAMES[1:], (K, V, *numbers)):
+            rank = 4 if name in ("K", "V") else 3
+            if x is not None and x.dim() != rank:
+                raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {rank} dimensions")
         if isinstance(kv_len, bool) or not isinstance(kv_len, int):
             raise TypeError(f"kv_len: got {kv_len!r}, expected an integer or a tensor")
         longest = min(K.shape[axis], V.shape[1])

@@ -62,7 +62,7 @@ def choose(
         oblique = config.is_causal and q_len != k_len
         in_place = config.is_quantized and _rows(config, q_len) <= MOST_ROWS_IN_PLACE
         few = _rows(config, q_len) <= 16
-        if in_place or few or lengths_vary or oblique or not _cudnn_serves(Q, V):
+        if in_place or few or lengths_vary or oblique or not _cudnn_serves(Q, K, V):
             return "triton"
         return "cudnn"
     if backend in ("triton", "cudnn", "flash"):
@@ -82,7 +82,7 @@ def choose(
     return backend
 
 
-def _cudnn_serves(Q: torch.Tensor, V: torch.Tensor) -> bool:
+def _cudnn_serves(Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> bool:
     """Whether torch hands attention over to cuDNN."""
     version = torch.backends.cudnn.version() or 0
     capability = torch.cuda.get_device_capability(Q.device)
@@ -93,7 +93,7 @@ def _cudnn_serves(Q: torch.Tensor, V: torch.Tensor) -> bool:
         and Q.shape[3] <= most_dim
         and Q.shape[3] % 8 == 0
         and V.shape[1] > 1
-        and not (Q.data_ptr() % 16 or V.data_ptr() % 16)
+        and not any(x.data_ptr() % 16 for x in (Q, K, V))
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -199,18 +199,26 @@ def differentiable(
     Q: torch.Tensor,
     K: torch.Tensor,
     V: torch.Tensor,
+    numbers: tuple[Optional, ...],
     kv_len: Optional,
+    out: Optional,
 ) -> torch.Tensor:
     """Attention by torch's own operators, which have gradients. Raises ValueError for what has
-    none: quantised keys or values, lengths in a tensor, the backend "triton"."""
+    none: quantised keys or values and their scales, lengths in a tensor, the backend "triton"."""
+    K = check_call(config, Q, K, V, numbers, kv_len)
+    if out is not None:
+        check_output(Q, out)
     if config.is_quantized or kv_len is not None or backend == "triton":
+        names = ("Q", "K", "V", "k_scale", "k_zeros", "v_scale", "v_zeros")
+        operands = zip(names, (Q, K, V, *numbers))
+        wanting = ", ".join(name for name, x in operands if x is not None and x.requires_grad)
         raise ValueError(
-            "Q, K, V: one requires a gradient, which goes with 16-bit keys and values, no tensor "
-            "as kv_len and a backend of torch; detach them or use torch.no_grad()"
+            f"{wanting}: requires a gradient, which goes with 16-bit keys and values, no tensor "
+            "as kv_len and a backend of torch; detach it or use torch.no_grad()"
         )
-    K = check_call(config, Q, K, V, (None,) * 4, None)
     wanted = "torch" if backend == "auto" else choose(config, backend, Q, K, V)
-    return _by_torch(config, wanted, Q, K, V, (None,) * 4, None)
+    product = _by_torch(config, wanted, Q, K, V, numbers, None)
+    return product if out is None else out.copy_(product)
 
 
 def _by_torch(
@@ -233,15 +241,18 @@ def _by_torch(
         Q, K, V = Q.float(), _values(K, k_scale, k_zeros), _values(V, v_scale, v_zeros)
     if kv_len is None:
         return _scaled_dot_product(config, choice, Q, K, V).to(dtype)
-    out = torch.zeros_like(Q, memory_format=_CONTIGUOUS)
-    for b, length in enumerate(kv_len.tolist()):
-        length = min(max(length, 0), V.shape[1])
-        seen = min(length, Q.shape[1]) if config.is_causal else Q.shape[1]
-        if length and seen:  # the first causal queries of more queries than keys see none
-            rows = slice(b, b + 1), slice(Q.shape[1] - seen, None)
-            keys = slice(b, b + 1), slice(length)
-            out[rows] = _scaled_dot_product(config, choice, Q[rows], K[keys], V[keys])
-    return out.to(dtype)
+    # masks, not slices: the lengths stay on their device
+    lengths = kv_len.clamp(0, V.shape[1])[:, None, None]
+    tokens = torch.arange(V.shape[1], device=Q.device)
+    behind = (tokens >= lengths).transpose(1, 2).unsqueeze(3)  # [batch, k_len, 1, 1]
+    K, V = (x.masked_fill(behind, 0) for x in (K, V))  # a weight of zero would keep their NaNs
+    seen = lengths.expand(-1, Q.shape[1], 1)  # keys of each query
+    if config.is_causal:
+        seen = seen + torch.arange(1 - Q.shape[1], 1, device=Q.device)[:, None]
+    none = seen <= 0
+    mask = (tokens < seen) | none  # no row is empty, of which softmax may be NaN
+    product = _scaled_dot_product(config, choice, Q, K, V, mask.unsqueeze(1))
+    return product.masked_fill(none.unsqueeze(3), 0).to(dtype)
 
 
 def _values(x: torch.Tensor, scale: Optional, zeros: Optional) -> torch.Tensor:
@@ -249,11 +260,17 @@ def _values(x: torch.Tensor, scale: Optional, zeros: Optional) -> torch.Tensor:
 
 
 def _scaled_dot_product(
-    config: FlashAttenConfig, choice: str, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor
+    config: FlashAttenConfig,
+    choice: str,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    mask: Any = None,
 ) -> torch.Tensor:
-    oblique = config.is_causal and Q.shape[1] != K.shape[1]
+    """mask: bool, in place of the config's."""
+    causal = config.is_causal and mask is None
+    oblique = causal and Q.shape[1] != K.shape[1]
     backend = _TORCH_BACKENDS.get(choice)
-    mask: Any = None
     if oblique and choice == "flash":
         from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo with it
 
@@ -267,7 +284,7 @@ def _scaled_dot_product(
             K.transpose(1, 2),
             V.transpose(1, 2),
             attn_mask=mask,
-            is_causal=config.is_causal and not oblique,
+            is_causal=causal and not oblique,
             enable_gqa=config.heads != config.kv_heads,
         )
     return product.transpose(1, 2)

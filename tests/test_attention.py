@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 from attention_cases import CACHES, Problem, draw
+from torch.autograd import forward_ad
 
 import bitblas
-from bitblas import FlashAtten, FlashAttenConfig, reference
+from bitblas import FlashAtten, FlashAttenConfig, attention_ops, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,6 +55,28 @@ def test_lengths_in_a_tensor(caches, causal, q_len):
     out = call(problem)
     problem.check(out)
     assert out[1].eq(0).all()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("q_len", [1, 6])
+def test_torch_takes_lengths_that_nothing_copies_to_the_host(cache, causal, q_len):
+    """Meta tensors have no values to copy."""
+    problem = draw(3, q_len, k_len=9, caches=(cache, cache), causal=causal, lengths=[9, 0, 4])
+    names = ("k_scale", "k_zeros", "v_scale", "v_zeros", "kv_len")
+    given = [*problem.tensors, *(problem.extras.get(name) for name in names)]
+    Q, K, V, *numbers, kv_len = (None if x is None else x.to("meta") for x in given)
+    out = attention_ops._by_torch(problem.config, "math", Q, K, V, tuple(numbers), kv_len)
+    assert out.shape == Q.shape and out.dtype == Q.dtype
+
+
+@pytest.mark.parametrize("backend", ["math", "torch"])
+def test_lengths_out_of_range_are_clamped(backend):
+    problem = draw(2, 6, k_len=9, causal=True, device=DEVICE)
+    lengths = torch.tensor([11, -2], device=DEVICE)
+    out = call(problem, backend, kv_len=lengths)
+    problem.extras["kv_len"] = lengths.clamp(0, 9)
+    problem.check(out)
 
 
 @pytest.mark.parametrize("layout", ["nnn", "ntn"])
@@ -181,6 +204,23 @@ def test_numbers_of_16_bit_keys_are_refused():
         call(problem, k_scale=torch.ones(1, 8, 2, dtype=torch.float16, device=DEVICE))
 
 
+@pytest.mark.parametrize(
+    "name, match, change",
+    [
+        ("K", r"K: got shape \(8,\), expected 4 dimensions", lambda K: K[0, :, 0, 0]),
+        ("V", r"V: got shape \(8, 2, 16\), expected 4 dimensions", lambda V: V[0]),
+        ("k_scale", r"k_scale: got shape \(\), expected 3 dimensions", lambda x: x[0, 0, 0]),
+        ("v_zeros", r"v_zeros: got shape \(8, 2\), expected 3 dimensions", lambda x: x[0]),
+    ],
+)
+def test_ranks_are_checked_before_a_length_shortens(name, match, change):
+    problem = plain(caches=("int4", "int4"))
+    operands = dict(zip("QKV", problem.tensors)) | problem.extras
+    operands[name] = change(operands[name])
+    with pytest.raises(ValueError, match=match):
+        FlashAtten(problem.config)(**operands, kv_len=5)
+
+
 def test_more_causal_queries_than_keys_are_refused():
     with pytest.raises(ValueError, match="Q: 5 causal queries need as many keys, got 4"):
         call(draw(q_len=5, k_len=4, causal=True, device=DEVICE))
@@ -199,6 +239,17 @@ def test_unknown_backend_is_named():
 def test_gpu_backends_are_refused_on_the_cpu(backend):
     with pytest.raises(ValueError, match=f"backend: '{backend}' runs on GPUs, Q is on cpu"):
         call(plain(), backend=backend)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_cudnn_gets_aligned_operands_only(monkeypatch, which):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    tensors = list(plain().tensors)
+    assert attention_ops._cudnn_serves(*tensors)
+    x = tensors[which]
+    tensors[which] = x.new_zeros(x.numel() + 1)[1:].view(x.shape)
+    assert not attention_ops._cudnn_serves(*tensors)
 
 
 @pytest.mark.parametrize("backend", ["math", "torch"])
@@ -274,7 +325,53 @@ def test_gradients_are_those_of_torch(layout, q_len):
 def test_gradients_of_quantised_keys_are_refused():
     problem = draw(caches=("int8", "int8"), device=DEVICE)
     problem.tensors[0].requires_grad_()
-    with pytest.raises(ValueError, match="Q, K, V: one requires a gradient"):
+    with pytest.raises(ValueError, match="Q: requires a gradient"):
         call(problem)
     with torch.no_grad():
         problem.check(call(problem))
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_zeros"])
+def test_gradients_of_scales_are_refused(name):
+    problem = draw(caches=("int4", "int4"), device=DEVICE)
+    problem.extras[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name}: requires a gradient"):
+        call(problem)
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("output", r"output: got shape \(1, 8, 2, 32\) torch.float32"),
+        ("k_scale", "k_scale: got a tensor, but K_dtype is 'float16'"),
+        ("v_zeros", "v_zeros: got a tensor, but V_dtype is 'float16'"),
+    ],
+)
+def test_bad_operand_is_named_where_gradients_are_wanted(name, match):
+    problem = plain()
+    problem.tensors[0].requires_grad_()
+    given = {name: torch.ones(1, 8, 2, 32, device=DEVICE)}
+    with pytest.raises(ValueError, match=match):
+        call(problem, **given)
+
+
+def test_gradients_pass_an_output():
+    problem = plain()
+    problem.tensors[0].requires_grad_()
+    output = torch.empty_like(problem.tensors[0], requires_grad=False)
+    assert call(problem, output=output) is output
+    problem.check(output.detach())
+    output.sum().backward()
+    assert problem.tensors[0].grad.ne(0).any()
+
+
+@pytest.mark.parametrize("name", ["Q", "K", "V", "k_scale", "v_zeros"])
+def test_forward_mode_is_refused(name):
+    cache = "float16" if name in ("Q", "K", "V") else "int4"
+    problem = plain(caches=(cache, cache))
+    operands = dict(zip("QKV", problem.tensors)) | problem.extras
+    with forward_ad.dual_level():
+        x = operands[name]
+        operands[name] = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match=f"{name}: carries a tangent"):
+            FlashAtten(problem.config)(**operands)

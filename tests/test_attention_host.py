@@ -56,6 +56,15 @@ def test_kernels_get_their_operands(cuda):
     assert (first.attributes, second.attributes) == (0, 1)  # programmatic launch
 
 
+def test_programmatic_launch_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(attention, "PROGRAMMATIC_LAUNCH", False)
+    given = operands(3300, longest=4096)
+    tile = attention.Tile(16, 64, 4, 2, splits=3)
+    steps = attention.launches(given, torch.empty_like(given.Q), True, tile, 90)
+    assert len(steps) == 2
+    assert not any(x.constants["PDL"] or "launch_pdl" in x.options for x in steps)
+
+
 def test_a_growing_cache_keeps_its_call(cuda):
     given = operands(64, caches=("int8", "int8"))
     out = torch.empty_like(given.Q)
@@ -87,3 +96,13 @@ def test_expanding_gets_its_operands(cuda):
     found = arguments(cuda.launched[0], launch)
     assert found["X"] == given.K.data_ptr() and found["OUT"] == out.data_ptr()
     assert found["SCALES"] == given.k_scale.data_ptr() and found["length"] == 40
+
+
+def test_expanding_copies_what_neither_tokens_nor_dims_have_contiguous(cuda):
+    given = operands(40)
+    K = torch.zeros(1, 40, 2, 128, dtype=torch.float16)[..., ::2]
+    attention.expand(K, given.Q)
+    launch = attention.expand_launch(K.contiguous(), torch.empty(1, 40, 2, 64), None, None, 90)
+    found = arguments(cuda.launched[0], launch)
+    assert found["X"] != K.data_ptr()
+    assert (found["x_token"], found["x_head"]) == (128 // 8, 64 // 8)

@@ -33,6 +33,8 @@ INTERPRETED |= {
     "mixed-int4-int8": dict(caches=("int4", "int8"), q_len=2, k_len=33, lengths=[2, 0], splits=5),
     "mixed-float16-int4": dict(caches=("float16", "int4"), q_len=2, k_len=33, causal=True),
     "tiny-values": dict(caches=("int8", "int8"), k_len=33, value_scale=1e-4),
+    "one-dim": dict(q_len=3, heads=8, kv_heads=8, k_len=33, dim=1),
+    "one-dim-ntn": dict(q_len=3, heads=8, kv_heads=8, k_len=40, dim=1, layout="ntn"),
     "more-queries-than-keys": dict(q_len=9, k_len=16, lengths=[16, 4], causal=True),
 }
 

@@ -18,7 +18,7 @@ import torch
 from . import attention_kernels as kernels
 from . import versions
 from .compile import Source
-from .launch import Launch, Varying, Workspace
+from .launch import PROGRAMMATIC_LAUNCH, Launch, Varying, Workspace
 from .prepared import Prepared, architecture, current_device, execute
 
 _MOST_SPLITS = 128
@@ -103,7 +103,7 @@ def launches(
         **dict(zip(("o_split", "o_batch", "o_token", "o_head"), o_strides)),
     }  # fmt: skip
     padded = max(32, 1 << (dim - 1).bit_length())
-    pdl = tile.splits > 1 and arch >= 90
+    pdl = PROGRAMMATIC_LAUNCH and tile.splits > 1 and arch >= 90
     quantised = k_scale is not None or v_scale is not None  # two loops would not fit registers
     constants = {
         "SCALE": math.log2(math.e) / math.sqrt(dim), "GROUP": group, "KV_HEADS": kv_heads,
@@ -298,6 +298,8 @@ def _longest(k_len: int) -> int:
 def expand(x: torch.Tensor, like: torch.Tensor, *numbers: torch.Tensor | None) -> torch.Tensor:
     """Keys or values [batch, tokens, heads, dim] of any kind and order in memory in the dtype and
     dim of `like`, contiguous. numbers: scale, zeros."""
+    if 1 not in (x.stride(3), x.stride(1)):
+        x = x.contiguous()
     out = torch.empty((*x.shape[:3], like.shape[3]), dtype=like.dtype, device=x.device)
     arch = architecture(current_device() if x.device.index is None else x.device.index)
 
@@ -362,9 +364,12 @@ def _strides(x: torch.Tensor | None) -> Sequence[int]:
 
 
 def _unit(x: torch.Tensor) -> int:
-    """How many elements all strides but those of 1 are multiples of: 16 bytes' worth, or one."""
+    """How many elements all strides, but that of the axis which kernels take to be contiguous, are
+    multiples of: 16 bytes' worth, or one."""
     unit = 16 // x.element_size()
-    return 1 if any(stride % unit for stride in _strides(x) if stride != 1) else unit
+    contiguous = 3 if x.stride(3) == 1 else 1
+    others = (stride for axis, stride in enumerate(_strides(x)) if axis != contiguous)
+    return 1 if any(stride % unit for stride in others) else unit
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

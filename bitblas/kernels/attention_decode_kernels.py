@@ -29,7 +29,7 @@ sum, is divided by 16.
 
 from __future__ import annotations
 
-from .decode_kernels import keep_loads_here, let_next_kernel_start
+from .device import keep_loads_here, let_next_kernel_start
 from .versions import gl, gluon
 
 TINY = gl.constexpr(1e-37)

@@ -9,6 +9,7 @@ import torch
 
 KV_DTYPES = ("int8", "e4m3_float8", "int4")
 _LARGEST = {"int8": 127.0, "e4m3_float8": 448.0}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of values and scales
 _TOKENS = 8  # scales are allocated in multiples: kernels read those of several tokens at once
 
 
@@ -36,8 +37,12 @@ class QuantizedKV(NamedTuple):
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ) -> QuantizedKV:
-        """A cache of zeros, to be written to. Raises ValueError for a dtype not in KV_DTYPES."""
+        """A cache of zeros, to be written to. Raises ValueError for a dtype not in KV_DTYPES, and a
+        scale_dtype other than float16, bfloat16 and float32."""
         _check_dtype(dtype, dim)
+        if scale_dtype not in _FLOATS:
+            valid = ", ".join(str(kind) for kind in _FLOATS)
+            raise ValueError(f"scale_dtype: got {scale_dtype}, expected one of {valid}")
         kind = torch.float8_e4m3fn if dtype == "e4m3_float8" else torch.int8
         shape = (batch, length, heads, dim // 2 if dtype == "int4" else dim)
         codes = torch.zeros(shape, dtype=torch.int8, device=device).view(kind)
@@ -58,10 +63,12 @@ class QuantizedKV(NamedTuple):
     def write(self, x: torch.Tensor, position: int | torch.Tensor) -> None:
         """Quantise x [batch, new, heads, dim] into the tokens from `position` on.
 
-        position: one for the whole batch, or a tensor of integers [batch], which is not copied to
-        the host; what it points at is not checked.
+        position: one for the whole batch, or a tensor [batch] of int32 or int64, which is not
+        copied to the host: whether its tokens lie within the cache is not checked. Raises
+        ValueError or TypeError naming x or position.
         """
         new = quantize_kv(x, self.dtype, self.scale.dtype)
+        self._check_write(x, new.codes, position)
         for cache, values in zip(self, new):
             if cache is None or values is None:
                 continue
@@ -73,6 +80,34 @@ class QuantizedKV(NamedTuple):
                 batch = torch.arange(x.shape[0], device=x.device)[:, None]
                 tokens = position[:, None] + torch.arange(x.shape[1], device=x.device)
                 cache[batch, tokens] = values
+
+    def _check_write(
+        self, x: torch.Tensor, codes: torch.Tensor, position: int | torch.Tensor
+    ) -> None:
+        """Raise unless x, whose codes are given, fits the cache from `position` on."""
+        batch, length, heads, _ = self.codes.shape
+        count = x.shape[1]
+        if (codes.shape[0], *codes.shape[2:]) != (batch, *self.codes.shape[2:]) or count > length:
+            dim = self.codes.shape[3] * (1 if self.zeros is None else 2)
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, expected [{batch}, up to {length}, {heads}, {dim}]"
+            )
+        if isinstance(position, torch.Tensor):
+            if position.dtype not in (torch.int32, torch.int64):
+                raise TypeError(
+                    f"position: got {position.dtype}, expected torch.int32 or torch.int64"
+                )
+            if tuple(position.shape) != (batch,):
+                raise ValueError(
+                    f"position: got shape {tuple(position.shape)}, expected {(batch,)}, the batch"
+                )
+        elif isinstance(position, bool) or not isinstance(position, int):
+            raise TypeError(f"position: got {position!r}, expected an integer or a tensor")
+        elif not 0 <= position <= length - count:
+            raise ValueError(
+                f"position: got {position}, expected 0 to {length - count} for {count} tokens in a "
+                f"cache of {length}"
+            )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values [batch, length, heads, dim], computed in float32 (float64: in float64)."""
@@ -91,14 +126,16 @@ def quantize_kv(x: torch.Tensor, dtype: str, scale_dtype: torch.dtype | None = N
 
     dtype: "int8" and "e4m3_float8": symmetric, the largest magnitude of a token and head becomes
     127 or 448. "int4": its range, extended to hold 0, becomes 0..15. scale_dtype: x's, or float16
-    for float32. Rounding knows the rounded scale and zero point. Raises ValueError or TypeError.
+    for float32; one of those three. Rounding knows the rounded scale and zero point. Raises
+    ValueError or TypeError.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
-    if not x.is_floating_point() or x.dim() != 4:
+    if x.dtype not in _FLOATS or x.dim() != 4:
+        valid = ", ".join(str(kind) for kind in _FLOATS)
         raise ValueError(
-            f"x: got shape {tuple(x.shape)} {x.dtype}, expected floating numbers, [batch, length, "
-            "heads, dim]"
+            f"x: got shape {tuple(x.shape)} {x.dtype}, expected [batch, length, heads, dim], one "
+            f"of {valid}"
         )
     _check_dtype(dtype, x.shape[-1])
     if scale_dtype is None:
