@@ -22,6 +22,9 @@ SAMPLE = [  # activation, weight, zeros mode, group size, m: each decoder, one a
     ("float16", "uint3", "rescale", 128, 128),
     ("bfloat16", "nf4", None, 64, 256),
     ("float16", "nvfp4", None, 16, 4096),
+    ("int8", "int4", None, -1, 64),
+    ("int8", "uint2", "quantized", 256, 1000),
+    ("e4m3_float8", "e4m3_float8", None, -1, 256),
 ]
 GLUON_FAMILIES = [name for name in compat.families() if name != "portable"]
 needs_gluon = pytest.mark.skipif(
@@ -29,16 +32,26 @@ needs_gluon = pytest.mark.skipif(
 )
 
 
+def gluon_cases():
+    """The sample's products in each family that serves them."""
+    for a, w, zeros, group, m in SAMPLE:
+        config = compat.make_config(a, w, zeros, N=4096, K=4096, group_size=group)
+        for family in GLUON_FAMILIES:
+            case = compat.Case(family, config, m, 90)
+            if compat.served(case):
+                yield case
+
+
 @needs_gluon
-@pytest.mark.parametrize("family", GLUON_FAMILIES)
-@pytest.mark.parametrize(("a", "w", "zeros", "group", "m"), SAMPLE)
-def test_gluon_kernels_compile_without_spills(family, a, w, zeros, group, m):
-    config = compat.make_config(a, w, zeros, N=4096, K=4096, group_size=group)
-    case = compat.Case(family, config, m, 90)
-    if not compat.served(case):
-        pytest.skip(f"{family} does not serve {case}")
+@pytest.mark.parametrize("case", list(gluon_cases()), ids=str)
+def test_gluon_kernels_compile_without_spills(case):
     for finding in compat.examine(case):
         assert finding.complaints == ()
+
+
+@needs_gluon
+def test_the_sample_reaches_every_gluon_family():
+    assert {case.family for case in gluon_cases()} == set(GLUON_FAMILIES)
 
 
 def test_the_sample_of_make_compat_reaches_every_format_and_zeros_mode():
