@@ -15,13 +15,22 @@ import torch
 from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
-from .decode import GPU, MAX_ROWS, PROGRAMMATIC_LAUNCH, SHARED_BYTES
+from .decode import GPU, MAX_ROWS, SHARED_BYTES, group_of
 from .decoders import OperandDecoder, operand_decoder
-from .launch import Launch, Settled, Workspace
+from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
-from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
+from .wgmma import (
+    ConstantsBase,
+    WgmmaTile,
+    bucket,
+    known,
+    results_map,
+    tma_map,
+    words_map,
+)
 
 KERNELS = ("batch",)
+_LEAST_ROWS = 32  # of A that a tile has
 MOST_PARTS = 256  # of a shared tile, whose flags a warpgroup looks at
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
@@ -29,32 +38,16 @@ _THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(WgmmaTile):
     """How a product is cut up; batch_kernels explains the terms.
 
-    blocks: thread blocks; share: whether they share the tiles that are left when each has done the
-    same number of whole ones. per_sm: blocks for which a multiprocessor has room.
+    share: whether blocks share the tiles that are left when each has done the same number of whole
+    ones. per_sm: blocks for which a multiprocessor has room.
     """
 
-    block_m: int
-    bands: int
-    consumers: int
-    stage_k: int
-    stages: int
-    unroll: int
-    blocks: int
     share: bool = True
     per_sm: int = 1
     kernel: str = "batch"
-
-    @property
-    def rows(self) -> int:
-        """Of W."""
-        return 64 * self.bands * self.consumers
-
-    @property
-    def body_k(self) -> int:
-        return self.stage_k * self.unroll
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
@@ -77,7 +70,7 @@ def _serves(config: MatmulConfig) -> bool:
     finer = config.out_dtype == "float32" or config.out_dtype != config.A_dtype == "bfloat16"
     if finer and (config.A_dtype == "bfloat16" or isinstance(config.format.decoder, Table)):
         return False
-    group = _group(config)
+    group = group_of(config)
     return group == 0 or (group >= _smallest_group(config) and group & (group - 1) == 0)
 
 
@@ -92,13 +85,6 @@ def layout(config: MatmulConfig) -> Fragment:
     return FRAGMENT_16
 
 
-def _group(config: MatmulConfig) -> int:
-    """Values of k that share a scale or zero point; 0 where all of a row do."""
-    if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
-        return 0
-    return config.group_length
-
-
 @dataclass(frozen=True)
 class _Extras:
     """What of scales and zero points goes into the operand."""
@@ -111,7 +97,7 @@ class _Extras:
 def _extras(config: MatmulConfig) -> _Extras:
     kind = config.zeros_mode if config.with_zeros else None
     # a scale for whole rows is left to the end, unless zero points were scaled before
-    scaled = config.with_scaling and (_group(config) != 0 or kind == "rescale")
+    scaled = config.with_scaling and (group_of(config) != 0 or kind == "rescale")
     return _Extras(kind in ("original", "quantized"), scaled, kind in ("original", "rescale"))
 
 
@@ -162,7 +148,7 @@ def parts(shared: int, bodies: int, blocks: int) -> int:
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
-    group, extras = _group(config), _extras(config)
+    group, extras = group_of(config), _extras(config)
     if group:
         kinds = extras.based + extras.scaled + extras.added
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
@@ -172,20 +158,12 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
 
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m."""
-    return _bucket(measured) == _bucket(m)
-
-
-def _bucket(m: int) -> int:
-    """m's that share their tiles: up to 256, powers of two; above, within a quarter."""
-    if m <= 256:
-        return max(32, 1 << (m - 1).bit_length())
-    step = 1 << ((m - 1).bit_length() - 3)
-    return -(-m // step) * step
+    return bucket(measured, _LEAST_ROWS) == bucket(m, _LEAST_ROWS)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
     """Tiles worth measuring for m rows, the one that should be the fastest first."""
-    return list(_candidates(config, _bucket(m), gpu or GPU()))
+    return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
 
 
 # block_m, bands, consumers, values of k in a stage, stages that are unrolled, blocks on a
@@ -238,7 +216,7 @@ def _fitting(
     per_sm: int,
 ) -> Tile | None:
     """The tile with as many stages as shared memory allows; None where those are too few."""
-    least, group = FRAGMENT_16.block_k(config.bits), _group(config)
+    least, group = FRAGMENT_16.block_k(config.bits), group_of(config)
     body_k, blocks = stage_k * unroll, per_sm * gpu.multiprocessors
     if group:
         stage_k = min(stage_k, 4 * group)  # what is prepared for more groups takes registers
@@ -410,7 +388,7 @@ def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
 
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
-    decoder, extras, group = _decoder(config), _extras(config), _group(config)
+    decoder, extras, group = _decoder(config), _extras(config), group_of(config)
     widths = [width for width, _ in planes(config.bits)]
     found = Constants(
         BITS=config.bits,

@@ -17,37 +17,30 @@ from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import WeightFormat
 from ..layouts import FRAGMENT_8, Fragment
 from .batch import SWEEP
-from .decode import GPU, MAX_ROWS, SHARED_BYTES
+from .decode import GPU, MAX_ROWS, SHARED_BYTES, group_of
 from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
-from .wgmma import ConstantsBase, known, results_map, tma_map, words_map
+from .wgmma import (
+    ConstantsBase,
+    WgmmaTile,
+    bucket,
+    known,
+    results_map,
+    tma_map,
+    words_map,
+)
 
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
 _MOST_GROUP = 8192
+_LEAST_ROWS = 16  # of A that a tile has
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(WgmmaTile):
     """How a product is cut up; batch_kernels explains the terms. stage_k is a multiple of 128."""
 
-    block_m: int
-    bands: int
-    consumers: int
-    stage_k: int
-    stages: int
-    unroll: int
-    blocks: int
     kernel: str = "batch8"
-
-    @property
-    def rows(self) -> int:
-        """Of W."""
-        return 64 * self.bands * self.consumers
-
-    @property
-    def body_k(self) -> int:
-        return self.stage_k * self.unroll
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
@@ -70,7 +63,7 @@ def _serves(config: MatmulConfig) -> bool:
         return False
     if config.A_dtype == "e4m3_float8" and config.with_zeros:
         return False
-    group = _group(config)
+    group = group_of(config)
     if _integers(config) and _needs_sums(config) and (group or not _exact(config)):
         return False  # float32 would round sums that may cancel
     least = max(128, FRAGMENT_8.block_k(config.bits))
@@ -82,13 +75,6 @@ def _serves(config: MatmulConfig) -> bool:
 def layout(config: MatmulConfig) -> Fragment:
     """The packed layout that the kernels read."""
     return FRAGMENT_8
-
-
-def _group(config: MatmulConfig) -> int:
-    """Values of k that share a scale or zero point; 0 where all of a row do."""
-    if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
-        return 0
-    return config.group_length
 
 
 @dataclass(frozen=True)
@@ -215,20 +201,12 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
 
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m."""
-    return _bucket(measured) == _bucket(m)
-
-
-def _bucket(m: int) -> int:
-    """m's that share their tiles: up to 256, powers of two; above, within a quarter."""
-    if m <= 256:
-        return max(16, 1 << (m - 1).bit_length())
-    step = 1 << ((m - 1).bit_length() - 3)
-    return -(-m // step) * step
+    return bucket(measured, _LEAST_ROWS) == bucket(m, _LEAST_ROWS)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
     """Tiles worth measuring for m rows, the one that should be the fastest first."""
-    return list(_candidates(config, _bucket(m), gpu or GPU()))
+    return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
 
 
 # block_m, bands, consumers, values of k in a stage, stages that are unrolled
@@ -255,7 +233,7 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
 
 def _promoted(config: MatmulConfig) -> bool:
     """Whether the sums of a body are added to those before in float32."""
-    return _group(config) != 0 or config.A_dtype != "int8"
+    return group_of(config) != 0 or config.A_dtype != "int8"
 
 
 def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
@@ -273,7 +251,7 @@ def _fitting(
 
     each: blocks on a multiprocessor.
     """
-    most = _group(config)
+    most = group_of(config)
     if config.A_dtype != "int8":  # short sums, for the matrix units round them
         most = 128
     if most:
@@ -332,7 +310,7 @@ def launches(
 
     m = A.shape[0]
     tile = tile or candidates(config, m)[0]
-    group = _group(config)
+    group = group_of(config)
     sums = Workspace((config.num_groups if group else 1, m), torch.int32)
     pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
     steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
@@ -419,7 +397,7 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         SHIFT=decoder.shift,
         SCALED=config.with_scaling,
         ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
-        GROUP=_group(config),
+        GROUP=group_of(config),
         FLOAT=config.A_dtype != "int8",
         PROMOTED=_promoted(config),
         EXACT=_exact(config),

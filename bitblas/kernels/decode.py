@@ -68,7 +68,7 @@ def _serves(config: MatmulConfig) -> bool:
     finer = config.out_dtype == "float32" or config.out_dtype != config.A_dtype == "bfloat16"
     if isinstance(config.format.decoder, Table) and finer:
         return False
-    group = _group(config)
+    group = group_of(config)
     return group == 0 or (group >= 16 and group & (group - 1) == 0)
 
 
@@ -83,7 +83,7 @@ def _decoder(config: MatmulConfig) -> PairDecoder:
     return decoder
 
 
-def _group(config: MatmulConfig) -> int:
+def group_of(config: MatmulConfig) -> int:
     """Values of k that share a scale or zero point; 0 where all of a row do."""
     if config.num_groups == 1 or not (config.with_scaling or config.with_zeros):
         return 0
@@ -94,7 +94,7 @@ def _scaled_operand(config: MatmulConfig) -> bool:
     """Whether scales multiply the decoded weight: where that is exact. Groups of 16 values would
     cost as much in the accumulator of 8 rows of A, and twice that in one of 16."""
     e4m3 = config.with_scaling and config.format.scale_encoding == "e4m3"
-    return e4m3 and _group(config) == 16 and _decoder(config).scalable
+    return e4m3 and group_of(config) == 16 and _decoder(config).scalable
 
 
 def _needs_sums(config: MatmulConfig) -> bool:
@@ -104,13 +104,13 @@ def _needs_sums(config: MatmulConfig) -> bool:
 
 def _shared_k(config: MatmulConfig, tile: Tile) -> int:
     """Values of k that a warp multiplies before it turns to the next scales, in groups."""
-    return min(_group(config), tile.depth * tile.unit_k)
+    return min(group_of(config), tile.depth * tile.unit_k)
 
 
 def _sums_ahead(config: MatmulConfig, m: int, tile: Tile) -> bool:
     """Whether a block adds A up before it starts, for all its tiles: not where products for a tile
     or two, which overlap with the rest, take less, nor where reading the weights takes longest."""
-    if not _needs_sums(config) or _group(config) == 0:
+    if not _needs_sums(config) or group_of(config) == 0:
         return False
     if rows_of_a(m) == 1:
         return config.bits < 4
@@ -201,7 +201,7 @@ def _fitting(
     heavy = rows == 16 and _decoder(config).instructions_per_weight > 1.5
     if (crowded and heavy) or (warps == 16 and bands == 2 and rows > 1 and unit > 64):
         return None  # spills
-    group, wide_scales = _group(config), config.format.scale_encoding is None
+    group, wide_scales = group_of(config), config.format.scale_encoding is None
     # registers of a lane, in fours, for an iteration's words, and bytes for its groups' scales
     most_words = 8 if crowded or (heavy and bands == 4) else 16
     most_scales = (16 if crowded else 32) * (2 if _scaled_operand(config) else 1)
@@ -228,7 +228,7 @@ def _fitting(
 
 def _scale_bytes(config: MatmulConfig, k: int) -> float:
     """Of the scales and zero points of a row's groups in k values of k, in registers."""
-    group = _group(config)
+    group = group_of(config)
     if not group:
         return 0
     each = (2 if config.format.scale_encoding is None else 1) * config.with_scaling
@@ -248,7 +248,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     decoder = _decoder(config)
     sums = int(_needs_sums(config))
     products = sums and not _sums_ahead(config, m, tile)  # by which the sums come
-    group, warp_k = _group(config), tile.depth * tile.unit_k
+    group, warp_k = group_of(config), tile.depth * tile.unit_k
     tiles = -(-config.N // (16 * tile.bands))
     per_sm = -(-tile.blocks // gpu.multiprocessors)
     waves = -(-tiles // tile.blocks)
@@ -341,7 +341,7 @@ def _as_read(config: MatmulConfig, tile: Tile, scale: torch.Tensor | None) -> to
     hold, else bytes."""
     if scale is None or scale.itemsize > 1:
         return scale
-    groups = tile.depth * tile.unit_k // _group(config) if _group(config) else 1
+    groups = tile.depth * tile.unit_k // group_of(config) if group_of(config) else 1
     words = groups % 4 == config.num_groups % 4 == scale.data_ptr() % 4 == 0 and groups > 0
     return scale.view(torch.int32 if words else torch.uint8)
 
@@ -357,7 +357,7 @@ def _constants(
 ) -> dict[str, Any]:
     decoder = _decoder(config)
     widths = [width for width, _ in planes(config.bits)]
-    group = _group(config)
+    group = group_of(config)
     steps = iterations(config, tile)
     warp_k = tile.depth * tile.unit_k
     count = max(1, warp_k // group) if group else 1

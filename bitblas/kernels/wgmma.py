@@ -1,13 +1,43 @@
-"""What the launchers of the batch families share: TMA maps, and constants in one argument."""
+"""What the launchers of the batch families share: tiles, TMA maps, constants in one argument."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from triton.language import constexpr
+
+
+@dataclass(frozen=True)
+class WgmmaTile:
+    """How a product is cut up; batch_kernels explains the terms. blocks: thread blocks."""
+
+    block_m: int
+    bands: int
+    consumers: int
+    stage_k: int
+    stages: int
+    unroll: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.bands * self.consumers
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll
+
+
+def bucket(m: int, least: int) -> int:
+    """m that share their tiles: up to 256 powers of two, from `least`; above, within a quarter."""
+    if m <= 256:
+        return max(least, 1 << (m - 1).bit_length())
+    step = 1 << ((m - 1).bit_length() - 3)
+    return -(-m // step) * step
 
 
 def tma_map(x: torch.Tensor, block: list[int]) -> Any:
