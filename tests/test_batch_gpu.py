@@ -260,7 +260,7 @@ def test_planned_products_of_a_row_do_not_depend_on_the_batch(w, seed):
     problem = draw(config, 256, seed, "cuda")
     matmul = bitblas.Matmul(config)
     W = matmul.transform_weight(logical_weight(problem))
-    for least, most in ((17, 32), (33, 64), (65, 128), (129, 256)):
+    for least, most in ((17, 32), (33, 64), (65, 128), (129, 192), (193, 256)):
         whole = matmul(problem.A[:most], W, **problem.extras())
         for m in (least, (least + most) // 2, most - 1):
             assert torch.equal(matmul(problem.A[:m], W, **problem.extras()), whole[:m])

@@ -31,7 +31,6 @@ from .wgmma import (
 
 KERNELS = ("batch",)
 _LEAST_ROWS = 32  # of A that a tile has
-MOST_PARTS = 256  # of a shared tile, whose flags a warpgroup looks at
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
@@ -116,12 +115,11 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
 
 
 def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Tiles whose bodies are dealt out to all blocks; none if they would be in too many parts."""
+    """Tiles whose bodies are dealt out to all blocks; none if there are fewer bodies."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks = _blocks(config, m, tile)
     shared = tiles_n * tiles_m % blocks if tile.share else 0
-    few = not shared or parts(shared, _bodies(config, tile), blocks) <= MOST_PARTS
-    return shared if few else 0
+    return shared if shared * _bodies(config, tile) >= blocks else 0
 
 
 def _bodies(config: MatmulConfig, tile: Tile) -> int:
@@ -172,6 +170,7 @@ _SHAPES = {
     32: ((32, 1, 2, 256, 1, 1), (32, 1, 4, 256, 1, 1), (32, 1, 2, 128, 2, 2)),
     64: ((64, 1, 2, 256, 1, 1), (64, 1, 4, 128, 1, 1), (64, 1, 2, 128, 1, 2)),
     128: ((128, 1, 2, 128, 1, 1), (64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
+    192: ((64, 1, 2, 256, 1, 1), (128, 1, 2, 128, 1, 1), (128, 2, 2, 128, 1, 1)),
     256: (
         *((256, 1, 2, 64, 2, 1), (128, 1, 2, 128, 1, 1)),
         *((64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
@@ -182,7 +181,7 @@ _SHAPES = {
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for shape in _SHAPES[min(m, 256)]:
+    for shape in _SHAPES[bucket(min(m, 256), _LEAST_ROWS)]:
         tile = _fitting(config, gpu, *shape)
         if tile is not None:
             tiles += _dealt(config, m, tile)
@@ -339,7 +338,6 @@ class Constants(ConstantsBase):
     GROUP: int
     ALIGNED: bool
     BLOCK_M: int
-    MOST_PARTS: int
     BANDS: int
     CONSUMERS: int
     STAGES: int
@@ -367,10 +365,6 @@ class Constants(ConstantsBase):
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
-    # parts whose loads are under way together: as many as registers take
-    PARTS_AT_ONCE = known(
-        lambda c: max(1, min(4, 2 * (c.REGISTERS - 64) // (c.BANDS * c.BLOCK_M) - 1))
-    )
     EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
@@ -408,7 +402,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,
-        MOST_PARTS=MOST_PARTS,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
         STAGES=tile.stages,

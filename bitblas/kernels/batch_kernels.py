@@ -487,83 +487,100 @@ def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr)
 
 
 @gluon.jit
-def fence(KIND: gl.constexpr):
-    """acq_rel: what this thread did and knows of comes before what it does next, to all threads of
-    the GPU. sc: and all such fences have one order."""
-    if KIND == "sc":
-        gl.inline_asm_elementwise(
-            "fence.sc.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )  # fmt: skip
-    else:
-        gl.inline_asm_elementwise(
-            "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+def fence():
+    """What this thread did and knows of comes before what it does next, to all threads of the
+    GPU."""
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
 
 
 @gluon.jit
 def part_slot(block, nth, shared, bodies):
-    """(slot of a block's part of the nth shared tile, whether it has one)."""
-    first, last = share_of(shared, bodies, block)
-    return 2 * block + gl.where(first // bodies == nth, 0, 1), first < last
+    """Where a block's part of the nth shared tile goes."""
+    first, _ = share_of(shared, bodies, block)
+    return 2 * block + gl.where(first // bodies == nth, 0, 1)
+
+
+@gluon.jit
+def by_threads(acc, P: gl.constexpr):
+    """An accumulator as [512 * registers / 4]: four of a thread's registers, which it can load and
+    store at once, then those of the next thread. Costs no instruction."""
+    x = acc.reshape([P.BANDS, 4, 2, 8, P.BLOCK_M // 8, 4, 2]).permute([0, 4, 1, 3, 5, 2, 6])
+    return x.reshape([64 * P.BANDS * P.BLOCK_M])
+
+
+@gluon.jit
+def by_rows(x, P: gl.constexpr, MMA: gl.constexpr):
+    """The inverse of by_threads."""
+    x = x.reshape([P.BANDS, P.BLOCK_M // 8, 4, 8, 4, 2, 2]).permute([0, 2, 5, 3, 1, 4, 6])
+    return gl.convert_layout(
+        x.reshape([64 * P.BANDS, P.BLOCK_M]), MMA, assert_trivial=True
+    )  # fmt: skip
+
+
+@gluon.jit
+def add_part(x, pointer):
+    """x + what lies at pointer, 64 registers of a thread at a time."""
+    COUNT: gl.constexpr = x.shape[0]
+    if COUNT <= 8192:
+        each = gl.arange(0, COUNT, x.type.layout)
+        x += gl.load(pointer + each, cache_modifier=".cg")
+        keep_loads_here()
+        return x
+    else:
+        low, high = gl.split(x.reshape([2, COUNT // 2]).permute([1, 0]))
+        low = add_part(low, pointer)
+        high = add_part(high, pointer + COUNT // 2)
+        return gl.join(low, high).permute([1, 0]).reshape([COUNT])
 
 
 @gluon.jit
 def sum_parts(
     PARTS, FLAGS, acc, nth, shared, bodies, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
 ):  # fmt: skip
-    """Leaves acc as this block's part of a shared tile: (sum of all parts, whether they are there).
+    """Adds the parts of a shared tile in pairs, of which acc is this block's: (sum, whether it is
+    that of all parts).
 
-    A flag that is TAG says that its part is there; whoever adds the parts resets them. Flags are
-    written, then read, with a fence in between: of two that write at once, one sees both at least.
-    It may be that both do: then both store the same. Flags need no initial value but any other than
-    TAG, which memory that was something else holds by a chance of 2^-64 only.
+    Of a pair, the block that comes first stores its part and is done; the second adds it to its own
+    and goes on, as one of a pair of pairs. A sum of two has no order, so equal calls give equal
+    bits. Whoever exchanges the pair's flag first is first. The second may have to wait for the
+    other's stores, but never for a block that is not running. Flags need no initial value but any
+    other than these two, which memory that was something else holds by a chance of 2^-63 only.
     """
-    ROWS: gl.constexpr = 64 * P.BANDS
-    TAG: gl.constexpr = 0x2545F4914F6CDD1D
-    blocks = gl.num_programs(0)
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA)).expand_dims(1)
-    m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA)).expand_dims(0)
-    mine, _ = part_slot(gl.program_id(0), nth, shared, bodies)
-    part = (mine * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-    gl.store(PARTS + part + (n * P.BLOCK_M + m), acc)
-    thread_barrier()
-    fence("acq_rel")
-    gl.store(FLAGS + (mine * P.CONSUMERS + WHO), TAG)
-    thread_barrier()  # one thread writes the flag, others look at flags on its behalf
-    fence("sc")
+    COMING: gl.constexpr = 0x2545F4914F6CDD1D
+    STORED: gl.constexpr = 0x5851F42D4C957F2D
+    SIZE: gl.constexpr = 64 * P.BANDS * P.BLOCK_M
+    block, blocks, units = gl.program_id(0), gl.num_programs(0), shared * bodies
     # the blocks that have the tile's first and last body
-    units = shared * bodies
     first = ((nth * bodies + 1) * blocks - 1) // units
-    last = ((nth * bodies + bodies) * blocks - 1) // units
-    # each flag is read by one thread, so that all threads come to the same conclusion
-    L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    block = first + gl.arange(0, P.MOST_PARTS, L)
-    slots, some = part_slot(block, nth, shared, bodies)
-    some = some & (block <= last)
-    where = FLAGS + (slots * P.CONSUMERS + WHO)
-    flag = gl.load(where, mask=some, other=TAG, volatile=True)
-    missing = gl.sum((flag != TAG).to(gl.int32), axis=0)
-    if missing == 0:
-        fence("acq_rel")
-        all_of_it = gl.full([ROWS, P.BLOCK_M], 1, gl.int1, MMA)
-        if last == first + 1:  # the sum of two, which has no order
-            other, _ = part_slot(first + last - gl.program_id(0), nth, shared, bodies)
-            part = (other * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-            acc += gl.load(PARTS + part + (n * P.BLOCK_M + m), cache_modifier=".cg")
-        else:
-            AT_ONCE: gl.constexpr = P.PARTS_AT_ONCE
-            acc = gl.zeros([ROWS, P.BLOCK_M], gl.float32, MMA)
-            for b in range(first, last + 1, AT_ONCE):
-                for i in gl.static_range(AT_ONCE):
-                    slot, some_b = part_slot(b + i, nth, shared, bodies)
-                    part = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-                    acc += gl.load(
-                        PARTS + part + (n * P.BLOCK_M + m),
-                        mask=all_of_it & some_b & (b + i <= last), other=0.0,
-                        cache_modifier=".cg",
-                    )  # fmt: skip
-        gl.store(where, gl.zeros([P.MOST_PARTS], gl.int64, L), mask=some)
-    return acc, missing == 0
+    count = ((nth + 1) * bodies * blocks - 1) // units - first + 1
+    width = 1  # of what the blocks of a pair have added up
+    going_on = count > 1
+    while going_on:
+        right = (block - first) // (2 * width) * (2 * width) + width  # the pair's second half
+        if right < count:
+            slot = part_slot(first + right, nth, shared, bodies) * P.CONSUMERS + WHO
+            part = PARTS + slot.to(gl.int64) * SIZE
+            flag = FLAGS + slot
+            found = gl.atomic_xchg(flag, COMING, sem="relaxed")
+            if (found == COMING) | (found == STORED):
+                while found != STORED:
+                    found = gl.load(flag, volatile=True)
+                fence()
+                acc = by_rows(add_part(by_threads(acc, P), part), P, MMA)
+                thread_barrier()  # all have seen the flag
+                gl.store(flag, 0)
+            else:
+                x = by_threads(acc, P)
+                gl.store(part + gl.arange(0, SIZE, x.type.layout), x)
+                thread_barrier()
+                fence()
+                gl.store(flag, STORED)
+                count = 0
+        width *= 2
+        going_on = width < count
+    return acc, count > 0
 
 
 @gluon.jit

@@ -33,10 +33,11 @@ class WgmmaTile:
 
 
 def bucket(m: int, least: int) -> int:
-    """m that share their tiles: up to 256 powers of two, from `least`; above, within a quarter."""
-    if m <= 256:
+    """m that share their tiles: up to 128 powers of two, from `least`; above, multiples of 64, or of
+    a quarter of the power of two below."""
+    if m <= 128:
         return max(least, 1 << (m - 1).bit_length())
-    step = 1 << ((m - 1).bit_length() - 3)
+    step = max(64, 1 << ((m - 1).bit_length() - 3))
     return -(-m // step) * step
 
 
