@@ -31,6 +31,10 @@ from .wgmma import (
 
 KERNELS = ("batch",)
 _LEAST_ROWS = 32  # of A that a tile has
+IN_FLIGHT = 3  # steps of 16 k whose matrix instructions run beside decoding
+MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
+# what flags hold when a part is there
+_TAG = 0x2545F4914F6CDD1D
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
@@ -115,11 +119,13 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
 
 
 def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Tiles whose bodies are dealt out to all blocks; none if there are fewer bodies."""
+    """Tiles whose bodies are dealt out to all blocks; none if there are fewer bodies than blocks,
+    or too many parts of a tile."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
-    blocks = _blocks(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = tiles_n * tiles_m % blocks if tile.share else 0
-    return shared if shared * _bodies(config, tile) >= blocks else 0
+    few = shared * bodies >= blocks and parts(shared, bodies, blocks) <= MOST_PARTS
+    return shared if few else 0
 
 
 def _bodies(config: MatmulConfig, tile: Tile) -> int:
@@ -288,7 +294,7 @@ def launches(
     shared = shared_tiles(config, m, tile)
     whole = tiles_n * tiles_m - shared
     in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
-    slots = (2 * blocks, tile.consumers)
+    slots = (blocks, tile.consumers)
     part = (64 * tile.bands, tile.block_m)
     arguments = {
         "A": tma_map(A, [tile.block_m, 64]),
@@ -340,6 +346,9 @@ class Constants(ConstantsBase):
     BLOCK_M: int
     BANDS: int
     CONSUMERS: int
+    IN_FLIGHT: int
+    MOST_PARTS: int
+    TAG: int
     STAGES: int
     STAGE_K: int
     UNROLL: int
@@ -359,6 +368,7 @@ class Constants(ConstantsBase):
     TILE_CHUNKS = known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
     STAGE_CHUNKS = known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
+    PAIRS = known(lambda c: c.WORDS // 2)
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
     # stages whose scales of a row are read at once, and the groups that they are of
@@ -404,6 +414,9 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
+        IN_FLIGHT=IN_FLIGHT,
+        MOST_PARTS=MOST_PARTS,
+        TAG=_TAG,
         STAGES=tile.stages,
         STAGE_K=tile.stage_k,
         UNROLL=tile.unroll,

@@ -15,9 +15,11 @@ matrix instructions of the one before, and of the other warpgroups.
 
 Tiles up to WHOLE are done whole, in turns. The others are shared: their bodies, in the order of
 tiles and k, are dealt out to all blocks in equal numbers, so what a block gets may be a part of a
-tile, or parts of two and whole ones between. Parts go to PARTS, a slot for a block's first segment
-and one for its last; who finds that all parts of a tile are there adds them, in the order of k.
-Nothing but who that is depends on which block is done first: equal calls give equal bits.
+tile, or parts of two and whole ones between. It begins with its last segment, which may lack the
+end of a tile: that part goes to PARTS, and its flag is raised. Who has a tile's last body adds the
+parts of the blocks before it, in their order, so that equal calls give equal bits; when it comes
+to that, they have mostly been there for long. Blocks wait for none but those of lower numbers,
+which have been started before.
 
 Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
     WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
@@ -75,6 +77,14 @@ def words_layout(BANDS, GROUPS, WORDS):
 
 
 @gluon.constexpr_function
+def pair_layout(BANDS):
+    """[4 * BANDS, 8, 4 lanes of a row, 2 words]."""
+    registers = [[0, 0, 0, 1]] + [[4 << i, 0, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = powers(4, 4, 2) + powers(8, 4, 1)
+    return gl.DistributedLinearLayout(registers, lanes, powers(4, 4, 0), [], [4 * BANDS, 8, 4, 2])
+
+
+@gluon.constexpr_function
 def extras_layout(GROUPS, BANDS):
     """[GROUPS, 4 * BANDS, 2 row halves, 8]: the same rows in a lane as words_layout."""
     registers = [*powers(GROUPS, 4, 0), [0, 0, 1, 0]]
@@ -105,23 +115,24 @@ def share_of(shared, bodies, block):
 
 @gluon.jit
 def segments(tiles, whole, bodies):
-    """(whole tiles of this block, all of its segments, first and last body of its share)."""
+    """(segments of this block in shared tiles, all of its segments, first and last body of its
+    share)."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
     alone = (whole - block + blocks - 1) // blocks
     first, last = share_of(tiles - whole, bodies, block)
-    more = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
-    return alone, alone + more, first, last
+    shared = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
+    return shared, shared + alone, first, last
 
 
 @gluon.jit
-def segment(i, whole, bodies, alone, first, last):
-    """The i-th: (tile, first body, last body)."""
+def segment(i, whole, bodies, shared, first, last):
+    """The i-th: (tile, first body, last body). Those in shared tiles come first, in reverse."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
-    nth = first // bodies + (i - alone)
-    mine = i < alone
-    tile = gl.where(mine, block + i * blocks, whole + nth)
-    start = gl.where(mine, 0, gl.maximum(first - nth * bodies, 0))
-    end = gl.where(mine, bodies, gl.minimum(last - nth * bodies, bodies))
+    nth = (last - 1) // bodies - i
+    alone = i >= shared
+    tile = gl.where(alone, block + (i - shared) * blocks, whole + nth)
+    start = gl.where(alone, 0, gl.maximum(first - nth * bodies, 0))
+    end = gl.where(alone, bodies, gl.minimum(last - nth * bodies, bodies))
     return tile, start, end
 
 
@@ -164,8 +175,8 @@ def produce(
     BYTES: gl.constexpr = (
         P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * A.block_type.nbytes
     )  # fmt: skip
-    alone, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
-    tile, start, end = segment(0, whole, bodies, alone, first, last)
+    shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
+    tile, start, end = segment(0, whole, bodies, shared, first, last)
     tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
     early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
     for i in range(early):
@@ -177,7 +188,7 @@ def produce(
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, first, last)
+        tile, start, end = segment(s, whole, bodies, shared, first, last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         for stage in range(start * P.UNROLL + gl.where(s == 0, early, 0), end * P.UNROLL):
             barrier = ready.index(buffer)
@@ -304,11 +315,11 @@ def prepare(
     RUN: gl.constexpr = P.RUN
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
     LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
-    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 1
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
         begin = start * P.UNROLL
@@ -393,29 +404,40 @@ def read_words(
 
 
 @gluon.jit
-def decode_unit(
-    main, extra, minus, scale, addend, UNIT: gl.constexpr, DTYPE: gl.constexpr, P: gl.constexpr
+def pair_of(x, PAIR: gl.constexpr, P: gl.constexpr):
+    """Of what is shaped as words_layout, the part that goes with a pair of words."""
+    x = x.reshape([4 * P.BANDS, 8, 4, P.PAIRS, 2]).permute([0, 1, 2, 4, 3])
+    return gl.convert_layout(take(x, PAIR), pair_layout(P.BANDS), assert_trivial=True)
+
+
+@gluon.jit
+def decode_pair(
+    main, extra, minus, scale, addend, UNIT: gl.constexpr, PAIR: gl.constexpr,
+    DTYPE: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """The registers of a body's unit, a tuple in the decoder's order, [4 * BANDS, 8, 4, GROUPS,
-    words of a group]."""
+    """The registers of a pair of words in a body's unit, a tuple in the decoder's order,
+    [4 * BANDS, 8, 4, 2]."""
     L: gl.constexpr = words_layout(P.BANDS, P.GROUPS, P.WORDS // P.GROUPS)
     w = main.reshape([4 * P.BANDS, 8, 4, P.TILE_UNITS, P.WORDS]).permute([0, 1, 2, 4, 3])
     w = take(w, UNIT % P.TILE_UNITS).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
     w = gl.convert_layout(w, L, assert_trivial=True)
-    operands = [w]
+    operands = [pair_of(w, PAIR, P)]
     if P.EXTRA != 0:  # a word of the 1-bit plane covers a pair of words of the 2-bit plane
         e = take(extra, UNIT % P.TILE_UNITS)
         e = gl.join(e, e).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
-        operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
+        operands = operands + [pair_of(gl.convert_layout(e, L, assert_trivial=True), PAIR, P)]
     if P.MINUS:
         for half in gl.static_range(2):
-            operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
+            x = gl.broadcast(of_half(minus, half, L), w)[0]
+            operands = operands + [pair_of(x, PAIR, P)]
     if P.SCALED:
         for half in gl.static_range(2):
-            operands = operands + [gl.broadcast(of_half(scale, half, L), w)[0]]
+            x = gl.broadcast(of_half(scale, half, L), w)[0]
+            operands = operands + [pair_of(x, PAIR, P)]
     if P.ADDED:
         for half in gl.static_range(2):
-            operands = operands + [gl.broadcast(of_half(addend, half, L), w)[0]]
+            x = gl.broadcast(of_half(addend, half, L), w)[0]
+            operands = operands + [pair_of(x, PAIR, P)]
     if DTYPE == gl.float16:
         return gl.inline_asm_elementwise(
             P.ASM, P.CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // P.WIDTH), is_pure=True,
@@ -429,35 +451,13 @@ def decode_unit(
 
 
 @gluon.jit
-def step_registers(o, STEP: gl.constexpr, PAIRS: gl.constexpr):
-    """The four registers of each pair's STEP-th step of 16 k: [.., PAIRS, h, r3, x]."""
+def row_operand(o, STEP: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
+    """The STEP-th 16 values of k of a decoded pair: [64 * BANDS, 16]. Joins append what two
+    registers differ in, r3 and then x; the two halves of a register are the pair's words to the
+    compiler."""
     a = gl.join(gl.join(o[4 * STEP], o[4 * STEP + 1]), gl.join(o[4 * STEP + 2], o[4 * STEP + 3]))
-    return a.reshape([a.shape[0], 8, 4, PAIRS, 2, 2, 2])
-
-
-@gluon.jit
-def row_operand(o, FIRST: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
-    """64 values of k of decoded registers, from step FIRST of a pair on: [64 * BANDS, 64].
-
-    Joins append what two registers differ in: r3 and x, then the step of 16 k, lowest bit first.
-    """
-    STEPS: gl.constexpr = 8 // P.WIDTH if P.WIDTH > 1 else 4  # of a pair that lie in 64 k
-    PAIRS: gl.constexpr = 4 // STEPS
-    a = step_registers(o, FIRST, PAIRS)
-    if STEPS > 1:
-        a = gl.join(a, step_registers(o, FIRST + 1, PAIRS))
-    if STEPS > 2:
-        more = gl.join(
-            step_registers(o, FIRST + 2, PAIRS), step_registers(o, FIRST + 3, PAIRS)
-        )  # fmt: skip
-        a = gl.join(a, more)
-    if STEPS == 1:
-        a = a.permute([0, 5, 1, 3, 6, 2, 4])
-    elif STEPS == 2:
-        a = a.permute([0, 5, 1, 3, 7, 6, 2, 4])
-    else:
-        a = a.permute([0, 5, 1, 3, 8, 7, 6, 2, 4])
-    return gl.convert_layout(a.reshape([64 * P.BANDS, 64]), DOT, assert_trivial=True)
+    a = a.permute([0, 4, 1, 5, 2, 3]).reshape([64 * P.BANDS, 16])
+    return gl.convert_layout(a, DOT, assert_trivial=True)
 
 
 # --- the warpgroups that multiply ------------------------------------------------------------
@@ -496,10 +496,24 @@ def fence():
 
 
 @gluon.jit
-def part_slot(block, nth, shared, bodies):
-    """Where a block's part of the nth shared tile goes."""
-    first, _ = share_of(shared, bodies, block)
-    return 2 * block + gl.where(first // bodies == nth, 0, 1)
+def multiply_step(
+    a, a_smem, acc, empty, buffer, previous, NTH: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """Issues the NTH 16 values of k of a body, and waits until no more than IN_FLIGHT such are
+    under way, none at the body's end; then a stage may have served."""
+    LAST: gl.constexpr = P.BODY_K // 16 - 1
+    AT: gl.constexpr = NTH % (P.STAGE_K // 16)
+    b = a_smem.index(buffer * P.STEPS + AT // 4).slice(AT % 4 * 16, 16, 1)
+    acc = warpgroup_mma(a, b.permute((1, 0)), acc, is_async=True)
+    if NTH == LAST:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    elif NTH >= P.IN_FLIGHT:
+        acc = warpgroup_mma_wait(P.IN_FLIGHT, deps=(acc,))
+    if NTH != AT and AT == P.IN_FLIGHT:
+        # the words were read through another proxy than TMA writes by
+        fence_async_shared()
+        mbarrier.arrive(empty.index(previous))
+    return acc
 
 
 @gluon.jit
@@ -520,75 +534,74 @@ def by_rows(x, P: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def add_part(x, pointer):
-    """x + what lies at pointer, 64 registers of a thread at a time."""
-    COUNT: gl.constexpr = x.shape[0]
-    if COUNT <= 8192:
-        each = gl.arange(0, COUNT, x.type.layout)
-        x += gl.load(pointer + each, cache_modifier=".cg")
-        keep_loads_here()
-        return x
-    else:
-        low, high = gl.split(x.reshape([2, COUNT // 2]).permute([1, 0]))
-        low = add_part(low, pointer)
-        high = add_part(high, pointer + COUNT // 2)
-        return gl.join(low, high).permute([1, 0]).reshape([COUNT])
+def send_part(PARTS, FLAGS, acc, WHO: gl.constexpr, P: gl.constexpr):
+    """Stores this block's part of a shared tile and raises its flag."""
+    SIZE: gl.constexpr = 64 * P.BANDS * P.BLOCK_M
+    slot = gl.program_id(0) * P.CONSUMERS + WHO
+    x = by_threads(acc, P)
+    gl.store(PARTS + slot.to(gl.int64) * SIZE + gl.arange(0, SIZE, x.type.layout), x)
+    thread_barrier()
+    fence()
+    gl.store(FLAGS + slot, P.TAG)
 
 
 @gluon.jit
-def sum_parts(
-    PARTS, FLAGS, acc, nth, shared, bodies, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
+def add_parts(
+    PARTS, FLAGS, acc, first, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
 ):  # fmt: skip
-    """Adds the parts of a shared tile in pairs, of which acc is this block's: (sum, whether it is
-    that of all parts).
+    """acc and the parts of the blocks from `first` to the one before this, once they are there.
 
-    Of a pair, the block that comes first stores its part and is done; the second adds it to its own
-    and goes on, as one of a pair of pairs. A sum of two has no order, so equal calls give equal
-    bits. Whoever exchanges the pair's flag first is first. The second may have to wait for the
-    other's stores, but never for a block that is not running. Flags need no initial value but any
-    other than these two, which memory that was something else holds by a chance of 2^-63 only.
+    Flags need no initial value but any other than TAG, which memory that was something else holds
+    by a chance of 2^-64 only; here they are lowered again.
     """
-    COMING: gl.constexpr = 0x2545F4914F6CDD1D
-    STORED: gl.constexpr = 0x5851F42D4C957F2D
     SIZE: gl.constexpr = 64 * P.BANDS * P.BLOCK_M
-    block, blocks, units = gl.program_id(0), gl.num_programs(0), shared * bodies
-    # the blocks that have the tile's first and last body
-    first = ((nth * bodies + 1) * blocks - 1) // units
-    count = ((nth + 1) * bodies * blocks - 1) // units - first + 1
-    width = 1  # of what the blocks of a pair have added up
-    going_on = count > 1
-    while going_on:
-        right = (block - first) // (2 * width) * (2 * width) + width  # the pair's second half
-        if right < count:
-            slot = part_slot(first + right, nth, shared, bodies) * P.CONSUMERS + WHO
-            part = PARTS + slot.to(gl.int64) * SIZE
-            flag = FLAGS + slot
-            found = gl.atomic_xchg(flag, COMING, sem="relaxed")
-            if (found == COMING) | (found == STORED):
-                while found != STORED:
-                    found = gl.load(flag, volatile=True)
-                fence()
-                acc = by_rows(add_part(by_threads(acc, P), part), P, MMA)
-                thread_barrier()  # all have seen the flag
-                gl.store(flag, 0)
-            else:
-                x = by_threads(acc, P)
-                gl.store(part + gl.arange(0, SIZE, x.type.layout), x)
-                thread_barrier()
-                fence()
-                gl.store(flag, STORED)
-                count = 0
-        width *= 2
-        going_on = width < count
-    return acc, count > 0
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    block = first + gl.arange(0, P.MOST_PARTS, L)
+    some = block < gl.program_id(0)
+    where = FLAGS + (block * P.CONSUMERS + WHO)
+    missing = 1
+    while missing != 0:
+        flag = gl.load(where, mask=some, other=P.TAG, volatile=True)
+        missing = gl.sum((flag != P.TAG).to(gl.int32), axis=0)
+    fence()
+    gl.store(where, gl.zeros([P.MOST_PARTS], gl.int64, L), mask=some)
+    x = by_threads(acc, P)
+    x = with_parts(
+        x, PARTS + WHO * SIZE, P.CONSUMERS * SIZE, first, gl.program_id(0),
+        4096 if SIZE > 8192 else 8192,
+    )  # fmt: skip
+    return by_rows(x, P, MMA)
+
+
+@gluon.jit
+def with_parts(x, pointer, STRIDE: gl.constexpr, first, last, PIECE: gl.constexpr):
+    """x plus what lies at pointer + STRIDE * block, for blocks in order: of at most PIECE values at
+    a time, for which PIECE / 128 of a thread's registers are being loaded."""
+    COUNT: gl.constexpr = x.shape[0]
+    if COUNT > PIECE:
+        low, high = gl.split(x.reshape([2, COUNT // 2]).permute([1, 0]))
+        low = with_parts(low, pointer, STRIDE, first, last, PIECE)
+        high = with_parts(high, pointer + COUNT // 2, STRIDE, first, last, PIECE)
+        return gl.join(low, high).permute([1, 0]).reshape([COUNT])
+    else:
+        each = gl.arange(0, COUNT, x.type.layout)
+        for block in range(first, last, PIECE // COUNT):
+            part = pointer + block.to(gl.int64) * STRIDE
+            for i in gl.static_range(PIECE // COUNT):
+                mask = each + (block + i - last) * COUNT < 0  # whether there is such a block
+                x += gl.load(
+                    part + i * STRIDE + each, mask=mask, other=0.0, cache_modifier=".cg"
+                )  # fmt: skip
+        return x
 
 
 @gluon.jit
 def finish_segment(
-    OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m, nth, complete,
-    shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
+    OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m, from_start,
+    to_end, nth, shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """Stores a consumer's rows of a tile, or its part of their sum; nth: of the shared tiles."""
+    """Stores a consumer's rows of a tile, or its part of their sum. from_start, to_end: whether the
+    segment has the tile's first and last body; nth: of the shared tiles."""
     n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
     if SCALE is not None and not P.SCALED:
         scale = decode_scale(gl.load(SCALE + (row + n), mask=row + n < N, other=0), P.SCALE_KIND)
@@ -596,9 +609,12 @@ def finish_segment(
     elif P.UNIT != 1:
         acc = acc * P.UNIT
     if P.SHARED:
-        if not complete:
-            acc, complete = sum_parts(PARTS, FLAGS, acc, nth, shared, bodies, WHO, P, MMA)
-    if complete:
+        if not from_start and to_end:
+            first = ((nth * bodies + 1) * gl.num_programs(0) - 1) // (shared * bodies)
+            acc = add_parts(PARTS, FLAGS, acc, first, WHO, P, MMA)
+        if not to_end:
+            send_part(PARTS, FLAGS, acc, WHO, P)
+    if to_end:
         if GLOBAL_SCALE is not None:
             acc = acc * gl.load(GLOBAL_SCALE)
         if BIAS is not None:
@@ -618,12 +634,15 @@ def consume(
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.BODY_UNITS
-    HALVES: gl.constexpr = P.UNIT_K // 64
-    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    PAIRS: gl.constexpr = P.PAIRS
+    UNIT_STEPS: gl.constexpr = P.UNIT_K // 16
+    PAIR_STEPS: gl.constexpr = UNIT_STEPS // PAIRS
+    DTYPE: gl.constexpr = a_smem.dtype
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 0
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         if P.GROUP == 0:
@@ -648,19 +667,13 @@ def consume(
                             e_smem, buffer * P.EXTRAS, WHO,
                             unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
-                o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
-                for half in gl.static_range(HALVES):
-                    a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
-                    acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
-                    if unit == UNITS - 1 and half == HALVES - 1:
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
-                    elif unit + half > 0:
-                        acc = warpgroup_mma_wait(1, deps=(acc,))
-                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
-                        # the words were read through another proxy than TMA writes by
-                        fence_async_shared()
-                        mbarrier.arrive(empty.index(previous))
+                for pair in gl.static_range(PAIRS):
+                    o = decode_pair(main, extra, minus, scale, addend, unit, pair, DTYPE, P)
+                    for step in gl.static_range(PAIR_STEPS):
+                        acc = multiply_step(
+                            row_operand(o, step, P, DOT), a_smem, acc, empty, buffer, previous,
+                            unit * UNIT_STEPS + pair * PAIR_STEPS + step, P,
+                        )  # fmt: skip
                 if unit % P.STAGE_UNITS == P.STAGE_UNITS - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
@@ -672,10 +685,10 @@ def consume(
                         phase ^= 1
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
-        complete = (start == 0) & (end == bodies)
         finish_segment(
             OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m,
-            tile - whole, complete, tiles_n * tiles_m - whole, bodies, M, N, WHO, P, MMA,
+            start == 0, end == bodies, tile - whole, tiles_n * tiles_m - whole, bodies, M, N, WHO,
+            P, MMA,
         )  # fmt: skip
     if OUT_MAP is not None:
         tma.store_wait(0)
