@@ -31,7 +31,6 @@ from .wgmma import (
 
 KERNELS = ("batch",)
 _LEAST_ROWS = 32  # of A that a tile has
-IN_FLIGHT = 3  # steps of 16 k whose matrix instructions run beside decoding
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
@@ -346,7 +345,6 @@ class Constants(ConstantsBase):
     BLOCK_M: int
     BANDS: int
     CONSUMERS: int
-    IN_FLIGHT: int
     MOST_PARTS: int
     TAG: int
     STAGES: int
@@ -368,7 +366,6 @@ class Constants(ConstantsBase):
     TILE_CHUNKS = known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
     STAGE_CHUNKS = known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
-    PAIRS = known(lambda c: c.WORDS // 2)
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
     # stages whose scales of a row are read at once, and the groups that they are of
@@ -414,7 +411,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
-        IN_FLIGHT=IN_FLIGHT,
         MOST_PARTS=MOST_PARTS,
         TAG=_TAG,
         STAGES=tile.stages,

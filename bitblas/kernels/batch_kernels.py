@@ -77,14 +77,6 @@ def words_layout(BANDS, GROUPS, WORDS):
 
 
 @gluon.constexpr_function
-def pair_layout(BANDS):
-    """[4 * BANDS, 8, 4 lanes of a row, 2 words]."""
-    registers = [[0, 0, 0, 1]] + [[4 << i, 0, 0, 0] for i in range(5) if 1 << i < BANDS]
-    lanes = powers(4, 4, 2) + powers(8, 4, 1)
-    return gl.DistributedLinearLayout(registers, lanes, powers(4, 4, 0), [], [4 * BANDS, 8, 4, 2])
-
-
-@gluon.constexpr_function
 def extras_layout(GROUPS, BANDS):
     """[GROUPS, 4 * BANDS, 2 row halves, 8]: the same rows in a lane as words_layout."""
     registers = [*powers(GROUPS, 4, 0), [0, 0, 1, 0]]
@@ -404,40 +396,29 @@ def read_words(
 
 
 @gluon.jit
-def pair_of(x, PAIR: gl.constexpr, P: gl.constexpr):
-    """Of what is shaped as words_layout, the part that goes with a pair of words."""
-    x = x.reshape([4 * P.BANDS, 8, 4, P.PAIRS, 2]).permute([0, 1, 2, 4, 3])
-    return gl.convert_layout(take(x, PAIR), pair_layout(P.BANDS), assert_trivial=True)
-
-
-@gluon.jit
-def decode_pair(
-    main, extra, minus, scale, addend, UNIT: gl.constexpr, PAIR: gl.constexpr,
-    DTYPE: gl.constexpr, P: gl.constexpr,
+def decode_unit(
+    main, extra, minus, scale, addend, UNIT: gl.constexpr, DTYPE: gl.constexpr, P: gl.constexpr
 ):  # fmt: skip
-    """The registers of a pair of words in a body's unit, a tuple in the decoder's order,
-    [4 * BANDS, 8, 4, 2]."""
+    """The registers of a body's unit, a tuple in the decoder's order, [4 * BANDS, 8, 4, GROUPS,
+    words of a group]."""
     L: gl.constexpr = words_layout(P.BANDS, P.GROUPS, P.WORDS // P.GROUPS)
     w = main.reshape([4 * P.BANDS, 8, 4, P.TILE_UNITS, P.WORDS]).permute([0, 1, 2, 4, 3])
     w = take(w, UNIT % P.TILE_UNITS).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
     w = gl.convert_layout(w, L, assert_trivial=True)
-    operands = [pair_of(w, PAIR, P)]
+    operands = [w]
     if P.EXTRA != 0:  # a word of the 1-bit plane covers a pair of words of the 2-bit plane
         e = take(extra, UNIT % P.TILE_UNITS)
         e = gl.join(e, e).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
-        operands = operands + [pair_of(gl.convert_layout(e, L, assert_trivial=True), PAIR, P)]
+        operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
     if P.MINUS:
         for half in gl.static_range(2):
-            x = gl.broadcast(of_half(minus, half, L), w)[0]
-            operands = operands + [pair_of(x, PAIR, P)]
+            operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
     if P.SCALED:
         for half in gl.static_range(2):
-            x = gl.broadcast(of_half(scale, half, L), w)[0]
-            operands = operands + [pair_of(x, PAIR, P)]
+            operands = operands + [gl.broadcast(of_half(scale, half, L), w)[0]]
     if P.ADDED:
         for half in gl.static_range(2):
-            x = gl.broadcast(of_half(addend, half, L), w)[0]
-            operands = operands + [pair_of(x, PAIR, P)]
+            operands = operands + [gl.broadcast(of_half(addend, half, L), w)[0]]
     if DTYPE == gl.float16:
         return gl.inline_asm_elementwise(
             P.ASM, P.CONSTRAINTS, operands, dtype=(gl.float16,) * (32 // P.WIDTH), is_pure=True,
@@ -451,13 +432,35 @@ def decode_pair(
 
 
 @gluon.jit
-def row_operand(o, STEP: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
-    """The STEP-th 16 values of k of a decoded pair: [64 * BANDS, 16]. Joins append what two
-    registers differ in, r3 and then x; the two halves of a register are the pair's words to the
-    compiler."""
+def step_registers(o, STEP: gl.constexpr, PAIRS: gl.constexpr):
+    """The four registers of each pair's STEP-th step of 16 k: [.., PAIRS, h, r3, x]."""
     a = gl.join(gl.join(o[4 * STEP], o[4 * STEP + 1]), gl.join(o[4 * STEP + 2], o[4 * STEP + 3]))
-    a = a.permute([0, 4, 1, 5, 2, 3]).reshape([64 * P.BANDS, 16])
-    return gl.convert_layout(a, DOT, assert_trivial=True)
+    return a.reshape([a.shape[0], 8, 4, PAIRS, 2, 2, 2])
+
+
+@gluon.jit
+def row_operand(o, FIRST: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
+    """64 values of k of decoded registers, from step FIRST of a pair on: [64 * BANDS, 64].
+
+    Joins append what two registers differ in: r3 and x, then the step of 16 k, lowest bit first.
+    """
+    STEPS: gl.constexpr = 8 // P.WIDTH if P.WIDTH > 1 else 4  # of a pair that lie in 64 k
+    PAIRS: gl.constexpr = 4 // STEPS
+    a = step_registers(o, FIRST, PAIRS)
+    if STEPS > 1:
+        a = gl.join(a, step_registers(o, FIRST + 1, PAIRS))
+    if STEPS > 2:
+        more = gl.join(
+            step_registers(o, FIRST + 2, PAIRS), step_registers(o, FIRST + 3, PAIRS)
+        )  # fmt: skip
+        a = gl.join(a, more)
+    if STEPS == 1:
+        a = a.permute([0, 5, 1, 3, 6, 2, 4])
+    elif STEPS == 2:
+        a = a.permute([0, 5, 1, 3, 7, 6, 2, 4])
+    else:
+        a = a.permute([0, 5, 1, 3, 8, 7, 6, 2, 4])
+    return gl.convert_layout(a.reshape([64 * P.BANDS, 64]), DOT, assert_trivial=True)
 
 
 # --- the warpgroups that multiply ------------------------------------------------------------
@@ -493,27 +496,6 @@ def fence():
     gl.inline_asm_elementwise(
         "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )  # fmt: skip
-
-
-@gluon.jit
-def multiply_step(
-    a, a_smem, acc, empty, buffer, previous, NTH: gl.constexpr, P: gl.constexpr
-):  # fmt: skip
-    """Issues the NTH 16 values of k of a body, and waits until no more than IN_FLIGHT such are
-    under way, none at the body's end; then a stage may have served."""
-    LAST: gl.constexpr = P.BODY_K // 16 - 1
-    AT: gl.constexpr = NTH % (P.STAGE_K // 16)
-    b = a_smem.index(buffer * P.STEPS + AT // 4).slice(AT % 4 * 16, 16, 1)
-    acc = warpgroup_mma(a, b.permute((1, 0)), acc, is_async=True)
-    if NTH == LAST:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    elif NTH >= P.IN_FLIGHT:
-        acc = warpgroup_mma_wait(P.IN_FLIGHT, deps=(acc,))
-    if NTH != AT and AT == P.IN_FLIGHT:
-        # the words were read through another proxy than TMA writes by
-        fence_async_shared()
-        mbarrier.arrive(empty.index(previous))
-    return acc
 
 
 @gluon.jit
@@ -634,10 +616,7 @@ def consume(
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.BODY_UNITS
-    PAIRS: gl.constexpr = P.PAIRS
-    UNIT_STEPS: gl.constexpr = P.UNIT_K // 16
-    PAIR_STEPS: gl.constexpr = UNIT_STEPS // PAIRS
-    DTYPE: gl.constexpr = a_smem.dtype
+    HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 0
@@ -667,13 +646,19 @@ def consume(
                             e_smem, buffer * P.EXTRAS, WHO,
                             unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
-                for pair in gl.static_range(PAIRS):
-                    o = decode_pair(main, extra, minus, scale, addend, unit, pair, DTYPE, P)
-                    for step in gl.static_range(PAIR_STEPS):
-                        acc = multiply_step(
-                            row_operand(o, step, P, DOT), a_smem, acc, empty, buffer, previous,
-                            unit * UNIT_STEPS + pair * PAIR_STEPS + step, P,
-                        )  # fmt: skip
+                o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
+                for half in gl.static_range(HALVES):
+                    a = row_operand(o, 4 * half, P, DOT)
+                    step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
+                    acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
+                    if unit == UNITS - 1 and half == HALVES - 1:
+                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                    elif unit + half > 0:
+                        acc = warpgroup_mma_wait(1, deps=(acc,))
+                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
+                        # the words were read through another proxy than TMA writes by
+                        fence_async_shared()
+                        mbarrier.arrive(empty.index(previous))
                 if unit % P.STAGE_UNITS == P.STAGE_UNITS - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
