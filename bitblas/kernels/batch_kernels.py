@@ -490,7 +490,8 @@ def row_operand(o, FIRST: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
 
 @gluon.jit
 def store_results(OUT, OUT_MAP, c_smem, acc, row, first_m, M, N):
-    """A consumer's rows of W from `row` on, of A from first_m on, through shared memory, so that they are written along N."""
+    """Results of a consumer's rows of W, from `row` on, and A's, from first_m on; by way of shared
+    memory, so that they are written along N."""
     if OUT_MAP is not None:
         tma.store_wait(0)
     thread_barrier()
@@ -600,7 +601,7 @@ def with_parts(x, pointer, STRIDE: gl.constexpr, first, last, PIECE: gl.constexp
     else:
         each = gl.arange(0, COUNT, x.type.layout)
         for block in range(first, last, PIECE // COUNT):
-            part = pointer + block.to(gl.int64) * STRIDE
+            part = pointer + gl.to_tensor(block).to(gl.int64) * STRIDE
             for i in gl.static_range(PIECE // COUNT):
                 mask = each + (block + i - last) * COUNT < 0  # whether there is such a block
                 x += gl.load(
@@ -753,11 +754,10 @@ def batch_kernel(
 ):  # fmt: skip
     """OUT[M, N]. Grid: any number of blocks, at most one on a multiprocessor.
 
-    A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; W: of the words as
-    (row tiles of the layout, chunks along K * 4, 128). OUT_MAP, MORE_MAP: of OUT, where TMA can write
-    it. WHOLE: tiles that are done by
-    one block each. EARLY: whether the weights may be read before the previous kernel in the stream
-    is complete. P: batch.Constants.
+    A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; W: of the words
+    as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP, MORE_MAP: of OUT, where TMA can
+    write it. WHOLE: tiles that are done by one block each. EARLY: whether the weights may be read
+    before the previous kernel in the stream is complete. P: batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.FIRST_M, 64], A.layout)
