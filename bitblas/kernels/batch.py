@@ -34,7 +34,6 @@ _LEAST_ROWS = 32  # of A that a tile has
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
-IN_TURNS_FROM = 128  # rows of A: consumers take turns with the matrix units
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # blocks on a multiprocessor -> registers of each of a block's 384 threads
 _REGISTERS = {1: 168, 2: 80}
@@ -354,7 +353,6 @@ class Constants(ConstantsBase):
     UNROLL: int
     SWEEP: int
     SHARED: bool
-    IN_TURNS: bool
     REGISTERS: int
     LOADING_REGISTERS: int
 
@@ -423,7 +421,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        IN_TURNS=tile.block_m >= IN_TURNS_FROM,
         **_registers(tile, group != 0),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

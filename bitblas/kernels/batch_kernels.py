@@ -666,8 +666,8 @@ def finish_segment(
 @gluon.jit
 def consume(
     OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-    w_smem, e_smem, c_smem, more_c_smem, ready, empty, turns, M, N, G, tiles_n, tiles_m, whole,
-    bodies, WHO: gl.constexpr, P: gl.constexpr,
+    w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies,
+    WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -683,7 +683,6 @@ def consume(
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 0
-    turn = 1 if WHO == 0 else 0  # the phase that has passed, of a new barrier, is the first's
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
@@ -712,9 +711,6 @@ def consume(
                             unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
-                if P.IN_TURNS and unit == 0:
-                    mbarrier.wait(turns.index(WHO), turn)
-                    turn ^= 1
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
                     step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
@@ -724,8 +720,6 @@ def consume(
                         b = more_smem.index(step).permute((1, 0))
                         more = warpgroup_mma(a, b, more, is_async=True)
                     if unit == UNITS - 1 and half == HALVES - 1:
-                        if P.IN_TURNS:
-                            mbarrier.arrive(turns.index(1 - WHO))
                         acc, more = wait_for_products(0, acc, more, P)
                     elif unit + half > 0:
                         acc, more = wait_for_products(EACH, acc, more, P)
@@ -792,14 +786,10 @@ def batch_kernel(
         )  # fmt: skip
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [P.CONSUMERS, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
-    CONSUMERS: gl.constexpr = P.CONSUMERS
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
@@ -818,12 +808,12 @@ def batch_kernel(
             (consume, (
                 OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
                 more_smem, w_smem, e_smem, c_smem.index(0), more_c_smem.index(0), ready, empty,
-                turns, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
                 OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
                 more_smem, w_smem, e_smem, c_smem.index(1), more_c_smem.index(1), ready, empty,
-                turns, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
                 A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE,
@@ -839,12 +829,12 @@ def batch_kernel(
             (consume, (
                 OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
                 more_smem, w_smem, e_smem, c_smem.index(0), more_c_smem.index(0), ready, empty,
-                turns, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
                 OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
                 more_smem, w_smem, e_smem, c_smem.index(1), more_c_smem.index(1), ready, empty,
-                turns, M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
                 A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE,
