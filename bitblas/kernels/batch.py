@@ -237,9 +237,10 @@ def _fitting(
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     """What a product should take, from counts of instructions and bytes.
 
-    The busiest block decides: its matrix instructions, its others and its reads overlap, but not
-    wholly (a p-norm of them); the ends of segments do not. The constants are a fit to measurements
-    of uint4 weights on an H200 (benchmarks/results/h200_batch_tiles.csv), 6 % off.
+    The busiest block decides: its matrix instructions, its others, what all blocks read of weights
+    for the first time and what they read of anything overlap, but not wholly (a p-norm of them);
+    the ends of segments do not. The constants are a fit to 640 measurements on an H200
+    (benchmarks/results/h200_batch_tiles.csv), 9 % off.
     """
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
@@ -251,17 +252,20 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     steps = (waves * bodies - (-shared * bodies // blocks)) * tile.body_k
     per_sm = -(-blocks // gpu.multiprocessors)
 
-    weights = tile.rows * per_sm / gpu.cycles_per_us  # of a value of k, in what a cycle does
-    matrix = weights * tile.block_m / 2048 / 0.89
-    instructions = weights * (_decoder(config).instructions_per_weight + 3.58) / 128
-    read = tile.rows * blocks * (config.bits + 0.25) / 8 / gpu.bytes_per_us / min(tiles_m, SWEEP)
-    step = (matrix**1.84 + instructions**1.84 + read**1.84) ** (1 / 1.84)
+    # for a value of k, in microseconds
+    rows = tile.rows * per_sm / gpu.cycles_per_us
+    matrix = rows * tile.block_m / 2048 / 0.818
+    instructions = rows * (_decoder(config).instructions_per_weight + 3.62) / 128
+    weights = tile.rows * (config.bits + 0.25) / 8
+    read = blocks * weights / gpu.bytes_per_us / min(tiles_m, SWEEP)
+    cached = blocks * (weights + 2 * tile.block_m) / (2.06 * gpu.bytes_per_us)
+    step = sum(part**2.59 for part in (matrix, instructions, read, cached)) ** (1 / 2.59)
 
     registers = tile.bands * tile.block_m / 2  # of the accumulator
     even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
     segments = waves + (0 if not shared else 1 if even else 2)
-    summed = 3.44 + (most - 1) * 0.0111 * registers if most > 1 else 0.0
-    return 1.22 + steps * step + segments * 0.0157 * registers + summed
+    summed = 3.23 + (most - 1) * 0.0127 * registers if most > 1 else 0.0
+    return 1.61 + steps * step + segments * 0.0064 * registers + summed
 
 
 def launches(
