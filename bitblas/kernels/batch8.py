@@ -34,13 +34,30 @@ KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
 _MOST_GROUP = 8192
 _LEAST_ROWS = 16  # of A that a tile has
+_MOST_PROMOTED = 128  # values of k that the matrix units add up in e4m3, whose sums they round
+# (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
+_THREADS = {
+    (1, 1): (256, 128), (1, 2): (256, 128), (1, 3): (256, 80), (1, 4): (256, 64),
+    (2, 1): (384, 168), (2, 2): (384, 80),
+    (4, 1): (640, 96),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tile(WgmmaTile):
-    """How a product is cut up; batch_kernels explains the terms. stage_k is a multiple of 128."""
+    """How a product is cut up; batch_kernels and batch8_kernels explain the terms.
 
+    stage_k: a multiple of 128. unroll: stages of a body that one warpgroup takes. consumers:
+    warpgroups with rows of their own, split: those that share them.
+    """
+
+    split: int = 1
+    per_sm: int = 1
     kernel: str = "batch8"
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll * self.split
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
@@ -145,23 +162,21 @@ def float_decoder(fmt: WeightFormat) -> ByteDecoder | None:
         kind = "shl.b32" if left >= 0 else "shr.u32"
         return f"{kind} {target}, {word}, {abs(left)};"
 
-    lines = ["{ .reg .b32 t, s, p, m;"]
+    lines = ["{ .reg .b32 t, s, zero, middle;"]
+    lines.append(f"mov.b32 zero, 0; mov.b32 middle, {half * 0x01010101:#x};")
     for r in range(count):
         word, at = f"${count + r // per}", r % per * bits
+        lines.append(move("s", word, 8 - bits - at))  # sign bits to the top
         if signed:
-            field, middle = (1 << bits) - 1, half * 0x01010101
+            field = ((1 << bits) - 1) * 0x01010101
             lines += [
                 move("t", word, -at),
-                f"and.b32 t, t, {field * 0x01010101:#x};",
-                f"sub.u32 s, {0x80808080 + middle:#x}, t;",  # of negative values
-                f"xor.b32 p, t, {middle:#x};",  # of the others
-                move("m", "t", 8 - bits),
-                "prmt.b32 m, m, m, 0xba98;",  # all ones for those
-                f"lop3.b32 ${r}, m, p, s, 0xca;",
+                f"and.b32 t, t, {field:#x};",
+                "vabsdiff4.u32.u32.u32 t, t, middle, zero;",
+                f"lop3.b32 ${r}, t, s, 0x80808080, 0xf2;",  # t | ~s & 0x80808080
             ]
         else:
             lines += [
-                move("s", word, 4 - at),
                 move("t", word, 2 - at),
                 "and.b32 t, t, 0x1c1c1c1c;",
                 f"lop3.b32 ${r}, s, 0x80808080, t, 0xea;",
@@ -192,11 +207,25 @@ def _needs_sums(config: MatmulConfig) -> bool:
     return config.with_zeros or (decoder is not None and decoder.shift != 0)
 
 
+def _extras(config: MatmulConfig) -> int:
+    """How many values for each row and group come by way of the ring."""
+    return (2 if _needs_sums(config) else 1) if group_of(config) else 0
+
+
+def _stage_groups(config: MatmulConfig, tile: Tile) -> int:
+    group = group_of(config)
+    return max(1, tile.stage_k // group) if group else 1
+
+
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
-    """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
+    """Shared memory of a block: the ring, the results on their way out, the sums of warpgroups that
+    share rows, and a bit of scratch."""
+    extras, groups = _extras(config), _stage_groups(config, tile)
     stage = tile.stage_k * (tile.block_m + tile.rows * config.bits // 8)
+    stage += 4 * groups * (extras * tile.rows + (tile.block_m if extras > 1 else 0))
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
-    return tile.stages * (stage + 16) + out + 1024
+    parts = 4 * tile.block_m * tile.rows * (tile.split - 1)
+    return tile.stages * (stage + 16) + out + parts + 1024
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -209,14 +238,15 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
     return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
 
 
-# block_m, bands, consumers, values of k in a stage, stages that are unrolled
+# block_m, bands, consumers, values of k in a stage, turns, split, blocks on a multiprocessor
 _SHAPES = {
-    16: ((16, 1, 1, 512, 1), (16, 1, 2, 256, 2), (16, 1, 1, 256, 2)),
-    32: ((32, 1, 1, 512, 1), (32, 1, 2, 256, 2), (32, 1, 1, 256, 2)),
-    64: ((64, 1, 1, 256, 1), (64, 1, 2, 256, 2), (64, 1, 2, 256, 1)),
-    128: ((128, 1, 2, 128, 2), (128, 2, 2, 128, 1), (128, 1, 1, 128, 2), (64, 2, 2, 128, 2)),
-    256: ((256, 1, 2, 128, 1), (128, 2, 2, 128, 1), (128, 1, 2, 128, 2), (64, 2, 2, 128, 2)),
-}
+    16: ((16, 1, 1, 512, 1, 2, 1), (16, 1, 1, 256, 2, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
+    32: ((32, 1, 1, 512, 1, 2, 1), (32, 1, 1, 256, 2, 2, 1), (32, 1, 2, 256, 2, 1, 1)),
+    64: ((64, 1, 1, 256, 1, 2, 1), (64, 1, 1, 256, 1, 1, 2), (64, 1, 2, 256, 2, 1, 1)),
+    128: ((128, 1, 2, 128, 4, 1, 1), (128, 2, 2, 128, 1, 1, 1), (64, 2, 2, 128, 2, 1, 1)),
+    256: ((256, 1, 2, 128, 1, 1, 1), (128, 2, 2, 128, 1, 1, 1), (128, 1, 2, 128, 4, 1, 1),
+          (64, 2, 2, 128, 2, 1, 1)),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -224,9 +254,7 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
     for shape in _SHAPES[min(m, 256)]:
         if _fits_registers(config, shape[0], shape[1]):
-            # two small blocks can share a multiprocessor
-            for each in (1, 2) if shape[2] == 1 else (1,):
-                tiles.append(_fitting(config, gpu, each, *shape))
+            tiles.append(_fitting(config, gpu, *shape))
     found = dict.fromkeys(tile for tile in tiles if tile is not None)
     return tuple(sorted(found, key=lambda tile: microseconds(config, m, tile, gpu)))
 
@@ -244,23 +272,15 @@ def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
 
 
 def _fitting(
-    config: MatmulConfig, gpu: GPU, each: int, block_m: int, bands: int, consumers: int,
-    stage_k: int, unroll: int,
+    config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
+    unroll: int, split: int, per_sm: int,
 ) -> Tile | None:  # fmt: skip
-    """The tile with as many stages as shared memory allows; None where those are too few.
-
-    each: blocks on a multiprocessor.
-    """
-    most = group_of(config)
-    if config.A_dtype != "int8":  # short sums, for the matrix units round them
-        most = 128
-    if most:
-        stage_k, unroll = min(stage_k * unroll, most), 1
+    """The tile with as many stages as shared memory allows; None where those are too few."""
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
-    blocks = each * gpu.multiprocessors
-    for stages in range(16, 1, -1):
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks)
-        if shared_bytes(config, tile) <= SHARED_BYTES // each - (each - 1) * 1024:
+    blocks = per_sm * gpu.multiprocessors
+    for stages in range(16, max(1, split - 1), -1):
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm)
+        if shared_bytes(config, tile) <= SHARED_BYTES // per_sm - (per_sm - 1) * 1024:
             return tile
     return None
 
@@ -332,7 +352,7 @@ def launches(
     }
     constants = {"P": _constants(config, tile)}
     # registers of a thread before warps are told apart: a block's threads share all of them
-    options = {**pdl, "maxnreg": {1: 128, 2: 168}[tile.consumers]}
+    options = {**pdl, "maxnreg": _THREADS[tile.consumers * tile.split, tile.per_sm][1]}
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
     steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
     return steps
@@ -370,23 +390,52 @@ class Constants(ConstantsBase):
     BLOCK_M: int
     BANDS: int
     CONSUMERS: int
+    SPLIT: int
     STAGES: int
     STAGE_K: int
-    UNROLL: int
+    TURNS: int
+    PROMOTE_HALVES: int
+    EXTRAS: int
+    STAGE_GROUPS: int
+    RUN: int
+    ALIGNED: bool
     SWEEP: int
+    REGISTERS: int
+    LOADING_REGISTERS: int
 
-    BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
+    UNROLL = known(lambda c: c.TURNS * c.SPLIT)
+    BODY_K = known(lambda c: c.STAGE_K * c.TURNS * c.SPLIT)
     STEPS = known(lambda c: c.STAGE_K // 128)
     STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
-    BODY_HALVES = known(lambda c: c.STAGE_K * c.UNROLL // 64)
+    RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     DECODED = known(lambda c: max(1, 4 // c.WIDTH))
     STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
 
 
+def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
+    """Of threads: those that load get what they need, consumers the rest."""
+    groups = tile.consumers * tile.split
+    threads, each = _THREADS[groups, tile.per_sm]
+    total, loading = threads // 128 * each, 24
+    if _extras(config):
+        loading = 56 if tile.per_sm == 1 else 40
+    return {
+        "REGISTERS": min((total - loading) // groups // 8 * 8, 240),
+        "LOADING_REGISTERS": loading,
+    }
+
+
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile) -> Constants:
-    decoder = _decoder(config)
+    decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
+    promoted = tile.stage_k * (tile.unroll if tile.split == 1 else 1)
+    if config.A_dtype != "int8":
+        promoted = _MOST_PROMOTED
+    if group:
+        promoted = min(promoted, group)
+    # stages whose scales of a row are read at once
+    run = max(1, min(8 * group // tile.stage_k, 8)) if group else 1
     return Constants(
         BITS=config.bits,
         WIDTH=config.bits,
@@ -397,15 +446,22 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         SHIFT=decoder.shift,
         SCALED=config.with_scaling,
         ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
-        GROUP=group_of(config),
+        GROUP=group,
         FLOAT=config.A_dtype != "int8",
         PROMOTED=_promoted(config),
         EXACT=_exact(config),
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
+        SPLIT=tile.split,
         STAGES=tile.stages,
         STAGE_K=tile.stage_k,
-        UNROLL=tile.unroll,
+        TURNS=tile.unroll,
+        PROMOTE_HALVES=promoted // 64,
+        EXTRAS=_extras(config),
+        STAGE_GROUPS=_stage_groups(config, tile),
+        RUN=run,
+        ALIGNED=group != 0 and config.num_groups % max(1, run * tile.stage_k // group) == 0,
         SWEEP=SWEEP,
+        **_registers(config, tile),
     )

@@ -17,11 +17,14 @@ integers alone (EXACT) are all in int32.
     step     128 values of k, a row of A in a swizzled tile of shared memory
     half     64 of them, what one call multiplies: two instructions' depth
     DECODED  halves that the words of one chunk (two of 8-bit codes) cover
-    GROUP    values of k that share a scale, a multiple of a body; 0: one group
+    GROUP    values of k that share a scale, a power of two from 128 up; 0: one group
+    SPLIT    warpgroups that share rows: each takes every SPLIT-th stage, the first adds their sums
+    UNROLL   stages of a body, for all of these; TURNS: those that one of them takes
 
 e4m3 A (FLOAT) is multiplied by e4m3 bytes in the same way. There the matrix units keep few bits of
-a sum that grows, so the sums of a body are added to those before in float32 (PROMOTED), which rows
-of several groups want anyway.
+a sum that grows, so sums of PROMOTE_HALVES halves are added to those before in float32 (PROMOTED),
+as rows of several groups want anyway. What those are multiplied with, and the sums of A, are read
+by two warps that leave them in the ring (`prepare`): a consumer that loads them waits for them.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -32,12 +35,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .batch_kernels import place, produce, read_words, store_results
+from .batch_kernels import (
+    load_extras,
+    of_stage,
+    place,
+    preparing_layout,
+    produce,
+    read_words,
+    store_results,
+)
 from .device import (
     decode_scale,
     keep_loads_here,
     let_next_kernel_start,
     packed_zeros,
+    powers,
+    take,
     wait_for_previous_kernel,
 )
 from .quantize_kernels import follow_previous_kernel
@@ -105,12 +118,9 @@ def load_sums(SUMS, tile_m, group, M, P: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def with_factors(
-    SUMS, acc, scale, zero, tile_m, group, once, M, P: gl.constexpr, MMA: gl.constexpr
-):  # fmt: skip
-    """Sums of products with the scale and zero points of their group applied, in float32. once:
-    whether they are those that take the sums of A, which are of a whole group, with them (None:
-    they are)."""
+def factors(scale, zero, P: gl.constexpr):
+    """What multiplies sums of products, and what the sums of A and is subtracted then, of scales
+    and zero points as they are stored; both float32."""
     factor = scale.to(gl.float32) + P.UNIT  # of 0: there is no scale
     base = zero.to(gl.float32) - P.SHIFT
     if P.SCALED:
@@ -120,13 +130,162 @@ def with_factors(
             base = zero.to(gl.float32) - real * P.SHIFT
         else:
             base = real * base
-    result = acc.to(gl.float32) * factor.expand_dims(1)
+    return factor, base
+
+
+@gluon.constexpr_function
+def sums_layout(GROUPS, BLOCK_M):
+    """[GROUPS, BLOCK_M], columns across two warps: the sums of A's rows over groups."""
+    lanes = [*powers(min(BLOCK_M, 32), 2, 1), *([[0, 0]] * (5 - min(BLOCK_M, 32).bit_length() + 1))]
+    warp = [[0, 32]] if BLOCK_M > 32 else [[0, 0]]
+    registers = powers(GROUPS, 2, 0) + [[0, 64 << i] for i in range(5) if 64 << i < BLOCK_M]
+    return gl.DistributedLinearLayout(registers, lanes, warp, [], [GROUPS, BLOCK_M])
+
+
+@gluon.jit
+def load_sums_of_run(SUMS, tile_m, first, M, G, P: gl.constexpr):
+    """The sums of a tile's rows of A over the groups of a run, from SUMS[G, M]."""
+    L: gl.constexpr = sums_layout(P.RUN_GROUPS, P.BLOCK_M)
+    group = (first + gl.arange(0, P.RUN_GROUPS, gl.SliceLayout(1, L))).expand_dims(1)
+    m = (tile_m * P.BLOCK_M + gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, L))).expand_dims(0)
+    return gl.load(SUMS + group.to(gl.int64) * M + m, mask=(m < M) & (group < G), other=0)
+
+
+@gluon.jit
+def sums_of_stage(x, STAGE: gl.constexpr, P: gl.constexpr):
+    """What a stage of a run takes of load_sums_of_run."""
+    STAGES: gl.constexpr = P.RUN_GROUPS // P.STAGE_GROUPS
+    x = x.reshape([STAGES, P.STAGE_GROUPS, P.BLOCK_M]).permute([1, 2, 0])
+    x = take(x, STAGE * P.RUN_GROUPS // (P.RUN * P.STAGE_GROUPS))
+    return gl.convert_layout(x, sums_layout(P.STAGE_GROUPS, P.BLOCK_M), assert_trivial=True)
+
+
+@gluon.jit
+def prepare(operands, P: gl.constexpr):
+    """Fills the ring with factors, and with bases and sums of A where these take part.
+
+    As batch_kernels.prepare: those of RUN stages are read at once, a run ahead.
+    """
+    SCALE, ZEROS, SUMS, e_smem, s_smem, ready, empty, M, N, G, tiles_n, tiles_m, bodies = operands
+    BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
+    RUN: gl.constexpr = P.RUN
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS)
     if SUMS is not None:
-        sums = load_sums(SUMS, tile_m, group, M, P, MMA)
-        if once is not None:
-            base = gl.where(once, base, 0.0)
-        result = result - base.expand_dims(1) * sums.to(gl.float32)
-    return result
+        wait_for_previous_kernel()
+    stages = bodies * P.UNROLL
+    buffer = 0
+    phase = 1
+    for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        row = tile_n * (64 * BANDS)
+        first = tile * 0
+        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR)
+        sums = scales
+        if SUMS is not None:
+            sums = load_sums_of_run(SUMS, tile_m, first, M, G, P)
+        for run in range((stages + RUN - 1) // RUN):
+            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
+            next_scales, next_zeros = load_extras(
+                SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR
+            )  # fmt: skip
+            next_sums = next_scales
+            if SUMS is not None:
+                next_sums = load_sums_of_run(SUMS, tile_m, first, M, G, P)
+            keep_loads_here()
+            for i in gl.static_range(RUN):
+                stage = run * RUN + i
+                if stage < stages:
+                    factor, base = factors(
+                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), P
+                    )  # fmt: skip
+                    mbarrier.wait(empty.index(buffer), phase)
+                    slot = buffer * P.EXTRAS
+                    ROWS: gl.constexpr = 64 * BANDS
+                    e_smem.index(slot).store(factor.reshape([P.STAGE_GROUPS, ROWS]))
+                    if SUMS is not None:
+                        # of a group, those are subtracted once
+                        base = gl.where(stage * P.STAGE_K % P.GROUP == 0, base, 0.0)
+                        e_smem.index(slot + 1).store(base.reshape([P.STAGE_GROUPS, ROWS]))
+                        s_smem.index(buffer).store(sums_of_stage(sums, i, P).to(gl.float32))
+                    mbarrier.arrive(ready.index(buffer))
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
+                        phase ^= 1
+            scales = next_scales
+            zeros = next_zeros
+            sums = next_sums
+
+
+@gluon.constexpr_function
+def rows_layout(BANDS):
+    """[1, 64 * BANDS]: a lane has the rows that it has of a tile of results."""
+    registers = [[0, 8], *[[0, 64 << i] for i in range(5) if 1 << i < BANDS]]
+    lanes = [[0, 0], [0, 0], *powers(8, 2, 1)]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 16], [0, 32]], [], [1, 64 * BANDS])
+
+
+@gluon.constexpr_function
+def columns_layout(BLOCK_M):
+    """[1, BLOCK_M]: a lane has the columns that it has of a tile of results."""
+    registers = [[0, 1], *[[0, 8 << i] for i in range(5) if 8 << i < BLOCK_M]]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0], [0, 0]], [], [1, BLOCK_M])
+
+
+@gluon.jit
+def read_rows(smem, GROUP: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr):
+    ROWS: gl.constexpr = 64 * P.BANDS
+    x = smem.slice(GROUP, 1, 0).slice(WHO * ROWS, ROWS, 1).load(rows_layout(P.BANDS))
+    return gl.convert_layout(x.reshape([ROWS]), gl.SliceLayout(1, MMA), assert_trivial=True)
+
+
+@gluon.jit
+def read_factors(
+    SUMS, e_smem, s_smem, buffer, GROUP: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr,
+    MMA: gl.constexpr,
+):  # fmt: skip
+    """What `prepare` has stored of a stage's GROUP-th group: (factor, base, sums of A)."""
+    factor = read_rows(e_smem.index(buffer * P.EXTRAS), GROUP, WHO, P, MMA)
+    base = factor
+    sums = factor
+    if SUMS is not None:
+        base = read_rows(e_smem.index(buffer * P.EXTRAS + 1), GROUP, WHO, P, MMA)
+        L: gl.constexpr = columns_layout(P.BLOCK_M)
+        sums = s_smem.index(buffer).slice(GROUP, 1, 0).load(L).reshape([P.BLOCK_M])
+        sums = gl.convert_layout(sums, gl.SliceLayout(0, MMA), assert_trivial=True)
+    return factor, base, sums
+
+
+@gluon.jit
+def promoted(SUMS, total, acc, factor, base, sums, P: gl.constexpr):
+    """total and what sums of products add to it."""
+    if P.GROUP == 0:
+        total += acc
+    else:
+        total += acc.to(gl.float32) * factor.expand_dims(1)
+        if SUMS is not None:
+            total -= base.expand_dims(1) * sums.expand_dims(0)
+    return total
+
+
+@gluon.jit
+def add_up(x_smem, given, taken, acc, phase, WHO: gl.constexpr, PART: gl.constexpr,
+    P: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """The first of the warpgroups that share rows gets the sums of all of them, in their order."""
+    OTHERS: gl.constexpr = P.SPLIT - 1
+    if PART == 0:
+        mbarrier.wait(given.index(WHO), phase)
+        for other in gl.static_range(OTHERS):
+            acc += x_smem.index(WHO * OTHERS + other).load(MMA)
+        mbarrier.arrive(taken.index(WHO))
+    else:
+        mbarrier.wait(taken.index(WHO), phase ^ 1)
+        x_smem.index(WHO * OTHERS + (PART - 1)).store(acc)
+        mbarrier.arrive(given.index(WHO))
+    return acc
 
 
 @gluon.jit
@@ -155,32 +314,69 @@ def with_bias(BIAS, result, n, N, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def consume(
-    OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, c_smem, ready, empty,
-    M, N, G, tiles_n, tiles_m, bodies, WHO: gl.constexpr, P: gl.constexpr,
+def finish(
+    OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, c_smem, sums, row, tile_m, M, N, G,
+    P: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
+    """Stores rows of a tile. sums: of products, those of several groups with their factors."""
+    n = row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
+    result = sums
+    if P.GROUP == 0:
+        group = tile_m * 0
+        scale, zero = load_factors(SCALE, ZEROS, n, group, N, G, P)
+        if P.EXACT:
+            result = sums >> P.UNIT_BITS
+            if SUMS is not None:
+                sums_of_a = load_sums(SUMS, tile_m, group, M, P, MMA)
+                result = result - (zero - P.SHIFT).expand_dims(1) * sums_of_a
+        else:
+            factor, base = factors(scale, zero, P)
+            result = sums.to(gl.float32) * factor.expand_dims(1)
+            if SUMS is not None:
+                sums_of_a = load_sums(SUMS, tile_m, group, M, P, MMA)
+                result = result - base.expand_dims(1) * sums_of_a.to(gl.float32)
+    if INPUT_SCALE is not None:
+        token = tile_m * P.BLOCK_M + gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA))
+        factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
+        result = result * factor.expand_dims(0)
+    result = with_bias(BIAS, result, n, N, OUT.dtype.element_ty)
+    store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
+
+
+@gluon.jit
+def load(operands, P: gl.constexpr):
+    A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles, bodies = operands
+    produce(A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles, bodies, P)
+
+
+@gluon.jit
+def consume(operands, INDEX: gl.constexpr, P: gl.constexpr):
+    (
+        OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, e_smem, s_smem,
+        x_smem, c_smem, ready, empty, given, taken, M, N, G, tiles_n, tiles_m, bodies,
+    ) = operands  # fmt: skip
     # Triton 3.6 knows no 256 columns of 8-bit elements
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(P.BLOCK_M, 128), 32]
     )  # fmt: skip
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-    HALVES: gl.constexpr = P.BODY_HALVES
-    buffer = 0
+    HALVES: gl.constexpr = P.TURNS * P.STAGE_HALVES
+    PROMOTE: gl.constexpr = P.PROMOTE_HALVES
+    WHO: gl.constexpr = INDEX // P.SPLIT
+    PART: gl.constexpr = INDEX % P.SPLIT
+    buffer = gl.to_tensor(PART)
     phase = 0
-    if P.GROUP != 0 and SUMS is not None:
-        wait_for_previous_kernel()
+    tile_phase = 0
     for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
-        n = row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
         acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32 if P.FLOAT else gl.int32, MMA)
         total = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA) if P.PROMOTED else acc
-        for body in range(bodies):
-            if P.GROUP != 0:
-                group = body * P.BODY_K // P.GROUP
-                scale, zero = load_factors(SCALE, ZEROS, n, group, N, G, P)
-                keep_loads_here()
+        for _ in range(bodies):
             previous = buffer
+            factor = total
+            base = total
+            sums = total
             for half in gl.static_range(HALVES):
                 if half % P.STAGE_HALVES == 0:
                     mbarrier.wait(ready.index(buffer), phase)
@@ -197,10 +393,18 @@ def consume(
                         step_registers(o, 8 * (half % P.DECODED)),
                         step_registers(o, 8 * (half % P.DECODED) + 4), P, DOT,
                     )  # fmt: skip
-                b = a_smem.index(buffer * P.STEPS + half % P.STAGE_HALVES // 2)
-                b = b.slice(half % 2 * 64, 64, 1)
+                if P.PROMOTED and half % PROMOTE == 0:
+                    if half > 0:
+                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                        total = promoted(SUMS, total, acc, factor, base, sums, P)
+                    if P.GROUP != 0:
+                        factor, base, sums = read_factors(
+                            SUMS, e_smem, s_smem, buffer, half % P.STAGE_HALVES * 64 // P.GROUP, WHO, P, MMA
+                        )  # fmt: skip
+                b = a_smem.index(buffer * P.STEPS + half % P.STAGE_HALVES // 2).slice(half % 2 * 64, 64, 1)
                 acc = warpgroup_mma(
-                    a, b.permute((1, 0)), acc, use_acc=not P.PROMOTED or half > 0, is_async=True
+                    a, b.permute((1, 0)), acc, use_acc=not P.PROMOTED or half % PROMOTE > 0,
+                    is_async=True,
                 )  # fmt: skip
                 if half == HALVES - 1:
                     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -215,39 +419,24 @@ def consume(
                         fence_async_shared()
                         mbarrier.arrive(empty.index(buffer))
                     previous = buffer
-                    buffer += 1
-                    if buffer == P.STAGES:
-                        buffer = 0
+                    buffer += P.SPLIT
+                    if buffer >= P.STAGES:
+                        buffer -= P.STAGES
                         phase ^= 1
-            if P.GROUP != 0:
-                once = body * P.BODY_K % P.GROUP == 0
-                total += with_factors(SUMS, acc, scale, zero, tile_m, group, once, M, P, MMA)
-            elif P.PROMOTED:
-                total += acc
-        # the operands of what follows may come from the kernel before this one
-        wait_for_previous_kernel()
-        if P.GROUP != 0:
-            result = total
-        else:
-            group = tile * 0
-            scale, zero = load_factors(SCALE, ZEROS, n, group, N, G, P)
-            if P.EXACT:
-                result = acc >> P.UNIT_BITS
-                if SUMS is not None:
-                    sums = load_sums(SUMS, tile_m, group, M, P, MMA)
-                    result = result - (zero - P.SHIFT).expand_dims(1) * sums
-            else:
-                sums_of_products = total if P.PROMOTED else acc
-                result = with_factors(
-                    SUMS, sums_of_products, scale, zero, tile_m, group, None, M, P, MMA
-                )
-        if INPUT_SCALE is not None:
-            token = tile_m * P.BLOCK_M + gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA))
-            factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
-            result = result * factor.expand_dims(0)
-        result = with_bias(BIAS, result, n, N, OUT.dtype.element_ty)
-        store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
-    if OUT_MAP is not None:
+            if P.PROMOTED:
+                total = promoted(SUMS, total, acc, factor, base, sums, P)
+        result = total if P.PROMOTED else acc
+        if P.SPLIT > 1:
+            result = add_up(x_smem, given, taken, result, tile_phase, WHO, PART, P, MMA)
+            tile_phase ^= 1
+        if PART == 0:
+            # the operands of what follows may come from the kernel before this one
+            wait_for_previous_kernel()
+            finish(
+                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, c_smem.index(WHO), result,
+                row, tile_m, M, N, G, P, MMA,
+            )  # fmt: skip
+    if PART == 0 and OUT_MAP is not None:
         tma.store_wait(0)
 
 
@@ -261,9 +450,23 @@ def batch8_kernel(
     row_sums_kernel gives, where it is needed. P: batch8.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
     w_smem = gl.allocate_shared_memory(
         gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
+    )  # fmt: skip
+    e_smem = gl.allocate_shared_memory(
+        gl.float32, [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, ROWS * P.CONSUMERS],
+        PLAIN,
+    )  # fmt: skip
+    s_smem = gl.allocate_shared_memory(
+        gl.float32, [P.STAGES if P.EXTRAS == 2 else 1, P.STAGE_GROUPS, P.BLOCK_M],
+        PLAIN,
+    )  # fmt: skip
+    x_smem = gl.allocate_shared_memory(
+        gl.float32 if P.FLOAT or P.PROMOTED else gl.int32,
+        [max(1, P.CONSUMERS * (P.SPLIT - 1)), ROWS, P.BLOCK_M],
+        gl.SwizzledSharedLayout(2, 1, 8, [1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
         OUT.dtype.element_ty, [P.CONSUMERS, P.BLOCK_M, ROWS],
@@ -271,10 +474,16 @@ def batch8_kernel(
     )  # fmt: skip
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
+    given = gl.allocate_shared_memory(gl.int64, [P.CONSUMERS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [P.CONSUMERS, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
+    CONSUMERS: gl.constexpr = P.CONSUMERS
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(given.index(i), count=max(1, P.SPLIT - 1))
+        mbarrier.init(taken.index(i), count=1)
     fence_async_shared()
     # as in batch_kernel: weights that may be read early, and what the next kernel may do
     if EARLY == 0:
@@ -283,30 +492,60 @@ def batch8_kernel(
     bodies = (K + P.BODY_K - 1) // P.BODY_K
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
-    if P.CONSUMERS == 1:
-        gl.warp_specialize([
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, bodies, 0, P,
-            )),
-            (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles_n * tiles_m, bodies, P,
-            )),
-        ], [1], [24])  # fmt: skip
+    consuming = (
+        OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, e_smem, s_smem,
+        x_smem, c_smem, ready, empty, given, taken, M, N, G, tiles_n, tiles_m, bodies,
+    )  # fmt: skip
+    producing = (A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles_n * tiles_m, bodies)
+    preparing = (
+        SCALE, ZEROS, SUMS, e_smem, s_smem, ready, empty, M, N, G, tiles_n, tiles_m, bodies,
+    )  # fmt: skip
+    R: gl.constexpr = P.REGISTERS
+    L: gl.constexpr = P.LOADING_REGISTERS
+    if P.CONSUMERS * P.SPLIT == 1:
+        if P.EXTRAS == 0:
+            gl.warp_specialize(
+                [(consume, (consuming, 0, P)), (load, (producing, P))], [1], [L]
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (consume, (consuming, 0, P)), (load, (producing, P)),
+                    (prepare, (preparing, P)),
+                ], [1, 2], [L, L],
+            )  # fmt: skip
+    elif P.CONSUMERS * P.SPLIT == 2:
+        if P.EXTRAS == 0:
+            gl.warp_specialize(
+                [
+                    (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                    (load, (producing, P)),
+                ], [4, 1], [R, L],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                    (load, (producing, P)), (prepare, (preparing, P)),
+                ], [4, 1, 2], [R, L, L],
+            )  # fmt: skip
     else:
-        gl.warp_specialize([
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem,
-                c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, bodies, 0, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem,
-                c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, bodies, 1, P,
-            )),
-            (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles_n * tiles_m, bodies, P,
-            )),
-        ], [4, 1], [240, 24])  # fmt: skip
+        if P.EXTRAS == 0:
+            gl.warp_specialize(
+                [
+                    (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                    (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
+                    (load, (producing, P)),
+                ], [4, 4, 4, 1], [R, R, R, L],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                    (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
+                    (load, (producing, P)), (prepare, (preparing, P)),
+                ], [4, 4, 4, 1, 2], [R, R, R, L, L],
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "K", "G"])
