@@ -413,12 +413,15 @@ class Constants(ConstantsBase):
 
 
 def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
-    """Of threads: those that load get what they need, consumers the rest."""
+    """Of threads: what a consumer's sums and operands take and 48 more, as far as there are; the
+    warps that load get what is left, up to 128, and consumers the rest of it."""
     groups = tile.consumers * tile.split
     threads, each = _THREADS[groups, tile.per_sm]
-    total, loading = threads // 128 * each, 24
-    if _extras(config):
-        loading = 56 if tile.per_sm == 1 else 40
+    total = threads // 128 * each
+    sums = tile.bands * tile.block_m // 2 * (2 if _promoted(config) else 1)
+    least = (56 if tile.per_sm == 1 else 40) if _extras(config) else 24
+    spare = total - groups * (sums + tile.bands * 32 + 48)
+    loading = min(max(spare, least), 128 if _extras(config) else least) // 8 * 8
     return {
         "REGISTERS": min((total - loading) // groups // 8 * 8, 240),
         "LOADING_REGISTERS": loading,
@@ -434,8 +437,11 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         promoted = _MOST_PROMOTED
     if group:
         promoted = min(promoted, group)
-    # stages whose scales of a row are read at once
-    run = max(1, min(8 * group // tile.stage_k, 8)) if group else 1
+    # Stages whose scales of a row are read at once. One such read is under way at a time: of few
+    # groups it would be the slowest of all; of many, registers become scarce.
+    aligned = config.num_groups % 16 == 0 and not _needs_sums(config)
+    each = 16 if aligned else 8 if tile.consumers * tile.split < 4 else 4
+    run = max(1, min(each * group // tile.stage_k, 8)) if group else 1
     return Constants(
         BITS=config.bits,
         WIDTH=config.bits,
