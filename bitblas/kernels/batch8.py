@@ -27,13 +27,13 @@ from .wgmma import (
     known,
     results_map,
     tma_map,
-    words_map,
 )
 
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
 _MOST_GROUP = 8192
 _LEAST_ROWS = 16  # of A that a tile has
+_WHOLE = True
 _MOST_PROMOTED = 128  # values of k that the matrix units add up in e4m3, whose sums they round
 # (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {
@@ -53,6 +53,8 @@ class Tile(WgmmaTile):
 
     split: int = 1
     per_sm: int = 1
+    piece_m: int = 64
+    pingpong: bool = True
     kernel: str = "batch8"
 
     @property
@@ -273,13 +275,16 @@ def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
 
 def _fitting(
     config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
-    unroll: int, split: int, per_sm: int,
+    unroll: int, split: int, per_sm: int, piece_m: int = 64,
+    pingpong: bool = True,
 ) -> Tile | None:  # fmt: skip
     """The tile with as many stages as shared memory allows; None where those are too few."""
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
     blocks = per_sm * gpu.multiprocessors
-    for stages in range(16, max(1, split - 1), -1):
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm)
+    for stages in range(16, 1, -1):
+        if stages % split:  # a slot of the ring is one warpgroup's, so that it is sure of its phase
+            continue
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm, piece_m, pingpong)
         if shared_bytes(config, tile) <= SHARED_BYTES // per_sm - (per_sm - 1) * 1024:
             return tile
     return None
@@ -335,8 +340,8 @@ def launches(
     pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
     steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
     arguments = {
-        "A": tma_map(A, [tile.block_m, 128]),
-        "W": words_map(W, tile.bands * tile.consumers),
+        "A": _activations_map(A, tile),
+        "W": _words_map(config, W, tile),
         "OUT": out,
         "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
         "SCALE": scale,
@@ -356,6 +361,28 @@ def launches(
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
     steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
     return steps
+
+
+def _activations_map(A: torch.Tensor, tile: Tile) -> Any:
+    """A stage of A at a time, as (steps, M, 128), where rows are whole steps; else a step."""
+    m, k = A.shape
+    if not _WHOLE or k % 128:
+        return tma_map(A, [tile.block_m, 128])
+    from .versions import TensorDescriptor, gl
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=3)
+    steps = A.view(m, k // 128, 128).transpose(0, 1)
+    return TensorDescriptor.from_tensor(steps, [tile.stage_k // 128, tile.block_m, 128], layout)
+
+
+def _words_map(config: MatmulConfig, W: torch.Tensor, tile: Tile) -> Any:
+    """A stage of a packed weight at a time: (row tiles of the layout, chunks along K * 4, 128)."""
+    from .versions import TensorDescriptor, gl
+
+    words = W.view(torch.int32).view(W.shape[0], -1, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    box = [tile.bands * tile.consumers, tile.stage_k * config.bits // 64, 128]
+    return TensorDescriptor.from_tensor(words, box, layout)
 
 
 def _row_sums(
@@ -395,6 +422,10 @@ class Constants(ConstantsBase):
     STAGE_K: int
     TURNS: int
     PROMOTE_HALVES: int
+    PIECE_M: int
+    PIECES: int
+    PINGPONG: bool
+    WHOLE_STEPS: bool
     EXTRAS: int
     STAGE_GROUPS: int
     RUN: int
@@ -432,11 +463,12 @@ def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
 def _constants(config: MatmulConfig, tile: Tile) -> Constants:
     decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
-    promoted = tile.stage_k * (tile.unroll if tile.split == 1 else 1)
+    promoted = min(tile.stage_k, group or tile.stage_k)
+    piece = tile.block_m
     if config.A_dtype != "int8":
-        promoted = _MOST_PROMOTED
-    if group:
-        promoted = min(promoted, group)
+        promoted = min(promoted, _MOST_PROMOTED)
+    if _promoted(config) and tile.block_m > tile.piece_m:
+        piece, promoted = tile.piece_m, min(promoted, 128)
     # Stages whose scales of a row are read at once. One such read is under way at a time: of few
     # groups it would be the slowest of all; of many, registers become scarce.
     aligned = config.num_groups % 16 == 0 and not _needs_sums(config)
@@ -464,6 +496,10 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         STAGE_K=tile.stage_k,
         TURNS=tile.unroll,
         PROMOTE_HALVES=promoted // 64,
+        PIECE_M=piece,
+        PIECES=tile.block_m // piece,
+        PINGPONG=tile.pingpong,
+        WHOLE_STEPS=_WHOLE and config.K % 128 == 0,
         EXTRAS=_extras(config),
         STAGE_GROUPS=_stage_groups(config, tile),
         RUN=run,

@@ -36,12 +36,11 @@ import triton
 import triton.language as tl
 
 from .batch_kernels import (
+    chunk_layout,
     load_extras,
     of_stage,
     place,
     preparing_layout,
-    produce,
-    read_words,
     store_results,
 )
 from .device import (
@@ -59,7 +58,9 @@ from .versions import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma,
+    tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -242,32 +243,57 @@ def read_rows(smem, GROUP: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr, MMA
 
 
 @gluon.jit
-def read_factors(
-    SUMS, e_smem, s_smem, buffer, GROUP: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr,
-    MMA: gl.constexpr,
-):  # fmt: skip
-    """What `prepare` has stored of a stage's GROUP-th group: (factor, base, sums of A)."""
-    factor = read_rows(e_smem.index(buffer * P.EXTRAS), GROUP, WHO, P, MMA)
-    base = factor
-    sums = factor
-    if SUMS is not None:
-        base = read_rows(e_smem.index(buffer * P.EXTRAS + 1), GROUP, WHO, P, MMA)
-        L: gl.constexpr = columns_layout(P.BLOCK_M)
-        sums = s_smem.index(buffer).slice(GROUP, 1, 0).load(L).reshape([P.BLOCK_M])
-        sums = gl.convert_layout(sums, gl.SliceLayout(0, MMA), assert_trivial=True)
-    return factor, base, sums
+def read_columns(smem, GROUP: gl.constexpr, PIECE: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr):
+    COLUMNS: gl.constexpr = P.PIECE_M
+    L: gl.constexpr = columns_layout(COLUMNS)
+    x = smem.slice(GROUP, 1, 0).slice(PIECE * COLUMNS, COLUMNS, 1).load(L).reshape([COLUMNS])
+    return gl.convert_layout(x, gl.SliceLayout(0, MMA), assert_trivial=True)
 
 
 @gluon.jit
-def promoted(SUMS, total, acc, factor, base, sums, P: gl.constexpr):
-    """total and what sums of products add to it."""
+def promoted(SUMS, total, acc, factor, base, sums, ONCE: gl.constexpr, P: gl.constexpr):
+    """total and what sums of products add to it. ONCE: whether the sums of A do too."""
     if P.GROUP == 0:
         total += acc
     else:
         total += acc.to(gl.float32) * factor.expand_dims(1)
-        if SUMS is not None:
+        if SUMS is not None and ONCE:
             total -= base.expand_dims(1) * sums.expand_dims(0)
     return total
+
+
+@gluon.jit
+def with_piece(
+    SUMS, totals, acc, factor, base, sums, PIECE: gl.constexpr, BLOCK: gl.constexpr,
+    P: gl.constexpr,
+):  # fmt: skip
+    """The totals with what the sums of a piece's block of halves add to them."""
+    # a group's sums of A are subtracted with its first, or a stage's first, products
+    ONCE: gl.constexpr = BLOCK * P.PROMOTE_HALVES % P.STAGE_HALVES * 64 % max(1, P.GROUP) == 0
+    total = promoted(SUMS, totals[PIECE], acc, factor, base, sums, ONCE, P)
+    return totals[:PIECE] + (total,) + totals[PIECE + 1 :]
+
+
+@gluon.constexpr_function
+def group_of_block(BLOCK, P):
+    """Which of a stage's groups a block of PROMOTE_HALVES halves is in."""
+    return BLOCK * P.PROMOTE_HALVES % P.STAGE_HALVES * 64 // P.GROUP
+
+
+@gluon.jit
+def side_by_side(pieces, P: gl.constexpr, MMA: gl.constexpr):
+    """The columns of all pieces."""
+    x = pieces[0]
+    if P.PIECES == 2:
+        x = gl.join(pieces[0], pieces[1]).permute([0, 2, 1])
+    elif P.PIECES == 4:
+        x = gl.join(gl.join(pieces[0], pieces[1]), gl.join(pieces[2], pieces[3]))
+        x = x.permute([0, 3, 2, 1])
+    elif P.PIECES == 8:
+        x = gl.join(gl.join(pieces[0], pieces[1]), gl.join(pieces[2], pieces[3]))
+        y = gl.join(gl.join(pieces[4], pieces[5]), gl.join(pieces[6], pieces[7]))
+        x = gl.join(x, y).permute([0, 4, 3, 2, 1])
+    return gl.convert_layout(x.reshape([64 * P.BANDS, P.BLOCK_M]), MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -344,9 +370,236 @@ def finish(
 
 
 @gluon.jit
-def load(operands, P: gl.constexpr):
-    A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles, bodies = operands
-    produce(A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles, bodies, P)
+def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
+    """A stage of A: [STEPS, BLOCK_M, 128], at once where A is given as (steps, M, 128)."""
+    if P.WHOLE_STEPS:
+        tma_load(A, [stage * P.STEPS, tile_m * P.BLOCK_M, 0], barrier, stages_of(a_smem, A, P).index(buffer))
+    else:
+        STEPS: gl.constexpr = P.STEPS
+        for step in gl.static_range(STEPS):
+            where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * 128]
+            tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
+
+
+@gluon.jit
+def stages_of(a_smem, A, P: gl.constexpr):
+    """The ring of A as TMA writes a stage of it."""
+    return reinterpret(a_smem, a_smem.dtype, [P.STAGES, P.STEPS, P.BLOCK_M, 128], A.layout)
+
+
+@gluon.jit
+def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
+    where = [tile_n * (P.BANDS * P.CONSUMERS), stage * (4 * P.STAGE_CHUNKS), 0]
+    tma_load(W, where, barrier, w_smem.index(buffer))
+
+
+@gluon.jit
+def produce(operands, P: gl.constexpr):
+    """Fills the ring with A and the packed words. Words of the first stages are on their way before
+    what precedes this kernel is complete, A only after it."""
+    A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, bodies = operands
+    TIMES: gl.constexpr = 1 if P.WHOLE_STEPS else P.STEPS
+    BYTES: gl.constexpr = W.block_type.nbytes + TIMES * A.block_type.nbytes
+    stages = bodies * P.UNROLL
+    first = gl.program_id(0)
+    tile_n, tile_m = place(first, tiles_n, tiles_m, P.SWEEP)
+    early = gl.minimum(stages, P.STAGES)
+    for i in range(early):
+        mbarrier.expect(ready.index(i), BYTES)
+        load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
+    wait_for_previous_kernel()
+    for i in range(early):
+        load_activations(A, ready.index(i), a_smem, i, tile_m, i, P)
+    buffer = early % P.STAGES
+    phase = gl.where(early == P.STAGES, 0, 1)
+    for tile in range(first, tiles_n * tiles_m, gl.num_programs(0)):
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        for stage in range(gl.where(tile == first, early, 0), stages):
+            barrier = ready.index(buffer)
+            mbarrier.wait(empty.index(buffer), phase)
+            mbarrier.expect(barrier, BYTES)
+            load_words(W, barrier, w_smem, buffer, tile_n, stage, P)
+            load_activations(A, barrier, a_smem, buffer, tile_m, stage, P)
+            buffer += 1
+            if buffer == P.STAGES:
+                buffer = 0
+                phase ^= 1
+
+
+@gluon.jit
+def read_chunk(w_smem, buffer, CHUNK: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr):
+    """A consumer's words of a stage's chunk: [4 * BANDS, 8, 4, 4]."""
+    w = w_smem.index(buffer).slice(WHO * P.BANDS, P.BANDS, 0).slice(CHUNK * 4, 4, 1)
+    return w.load(chunk_layout(P.BANDS)).reshape([4 * P.BANDS, 8, 4, 4])
+
+
+@gluon.jit
+def words_of(w_smem, buffer, HALF: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr):
+    """The decoded chunks that begin with a half of a stage: one, or two of 8-bit codes."""
+    if P.WIDTH == 8:
+        one = decode(read_chunk(w_smem, buffer, 2 * HALF, WHO, P), P)
+        return one + decode(read_chunk(w_smem, buffer, 2 * HALF + 1, WHO, P), P)
+    else:
+        return decode(read_chunk(w_smem, buffer, HALF // P.DECODED, WHO, P), P)
+
+
+@gluon.jit
+def operand_of(o, HALF: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
+    FIRST: gl.constexpr = 8 * (HALF % P.DECODED)
+    return row_operand(step_registers(o, FIRST), step_registers(o, FIRST + 4), P, DOT)
+
+
+@gluon.jit
+def columns_of(
+    a_smem, buffer, HALF: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """64 values of k of rows of A, as the column operand."""
+    b = a_smem.index(buffer * P.STEPS + HALF // 2).slice(HALF % 2 * 64, 64, 1)
+    return b.slice(FIRST, COUNT, 0).permute((1, 0))
+
+
+@gluon.jit
+def following(buffer, phase, P: gl.constexpr):
+    """The stage that a warpgroup takes next."""
+    buffer += P.SPLIT
+    if buffer >= P.STAGES:
+        buffer -= P.STAGES
+        phase ^= 1
+    return buffer, phase
+
+
+@gluon.jit
+def multiply(
+    a_smem, w_smem, ready, empty, buffer, phase, bodies, WHO: gl.constexpr, P: gl.constexpr,
+    MMA: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """A tile's sums of products, one sum from end to end: (sums, next buffer, its phase)."""
+    HALVES: gl.constexpr = P.TURNS * P.STAGE_HALVES
+    acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32 if P.FLOAT else gl.int32, MMA)
+    for _ in range(bodies):
+        previous = buffer
+        for half in gl.static_range(HALVES):
+            if half % P.STAGE_HALVES == 0:
+                mbarrier.wait(ready.index(buffer), phase)
+            if half % P.DECODED == 0:
+                o = words_of(w_smem, buffer, half % P.STAGE_HALVES, WHO, P)
+            acc = warpgroup_mma(
+                operand_of(o, half, P, DOT),
+                columns_of(a_smem, buffer, half % P.STAGE_HALVES, 0, P.BLOCK_M, P), acc,
+                is_async=True,
+            )  # fmt: skip
+            if half == HALVES - 1:
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            elif half > 0:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            if half > 0 and half % P.STAGE_HALVES == 0:
+                # the words were read through another proxy than TMA writes by
+                fence_async_shared()
+                mbarrier.arrive(empty.index(previous))
+            if half % P.STAGE_HALVES == P.STAGE_HALVES - 1:
+                if half == HALVES - 1:
+                    fence_async_shared()
+                    mbarrier.arrive(empty.index(buffer))
+                previous = buffer
+                buffer, phase = following(buffer, phase, P)
+    return acc, buffer, phase
+
+
+@gluon.jit
+def multiply_promoted(
+    SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, bodies, WHO: gl.constexpr,
+    P: gl.constexpr, MMA: gl.constexpr, DOT: gl.constexpr,
+):  # fmt: skip
+    """As `multiply`, with sums of PROMOTE_HALVES halves added up in float32.
+
+    Columns are summed in PIECES, one after the other: while the matrix units sum one, the sums of
+    the one before are added.
+    """
+    PROMOTE: gl.constexpr = P.PROMOTE_HALVES
+    BLOCKS: gl.constexpr = P.TURNS * P.STAGE_HALVES // PROMOTE
+    PIECES: gl.constexpr = P.PIECES
+    COLUMNS: gl.constexpr = P.PIECE_M
+    nothing = gl.zeros([64 * P.BANDS, COLUMNS], gl.float32 if P.FLOAT else gl.int32, MMA)
+    totals = (gl.zeros([64 * P.BANDS, COLUMNS], gl.float32, MMA),) * PIECES
+    for _ in range(bodies):
+        pending = nothing
+        factor = nothing
+        base = nothing
+        sums = nothing
+        for block in gl.static_range(BLOCKS):
+            if block * PROMOTE % P.STAGE_HALVES == 0:
+                previous = buffer
+                if block > 0:
+                    buffer, phase = following(buffer, phase, P)
+                mbarrier.wait(ready.index(buffer), phase)
+            # the first piece is multiplied as the weights are decoded
+            operands = ()
+            acc = nothing
+            for i in gl.static_range(PROMOTE):
+                if (block * PROMOTE + i) % P.DECODED == 0:
+                    o = words_of(w_smem, buffer, (block * PROMOTE + i) % P.STAGE_HALVES, WHO, P)
+                a = operand_of(o, block * PROMOTE + i, P, DOT)
+                b = columns_of(
+                    a_smem, buffer, (block * PROMOTE + i) % P.STAGE_HALVES, 0, COLUMNS, P
+                )  # fmt: skip
+                acc = warpgroup_mma(a, b, acc, use_acc=i > 0, is_async=True)
+                operands = operands + (a,)
+                if i > 0 and (PIECES == 1 or not P.PINGPONG):
+                    acc = warpgroup_mma_wait(1, deps=(acc,))
+                if i == 0 and block > 0 and P.PINGPONG:
+                    pending = warpgroup_mma_wait(1, deps=(pending,))
+                    totals = with_piece(
+                        SUMS, totals, pending, factor, base, sums, PIECES - 1, block - 1, P
+                    )  # fmt: skip
+                if i == 0 and block > 0 and block * PROMOTE % P.STAGE_HALVES == 0:
+                    # the words were read through another proxy than TMA writes by
+                    fence_async_shared()
+                    mbarrier.arrive(empty.index(previous))
+            if P.GROUP != 0:
+                factor = read_rows(
+                    e_smem.index(buffer * P.EXTRAS), group_of_block(block, P), WHO, P, MMA
+                )  # fmt: skip
+                if SUMS is not None:
+                    base = read_rows(
+                        e_smem.index(buffer * P.EXTRAS + 1), group_of_block(block, P), WHO, P, MMA
+                    )  # fmt: skip
+                    sums = read_columns(
+                        s_smem.index(buffer), group_of_block(block, P), 0, P, MMA
+                    )  # fmt: skip
+            pending = acc
+            if not P.PINGPONG:
+                pending = warpgroup_mma_wait(0, deps=(pending,))
+                totals = with_piece(SUMS, totals, pending, factor, base, sums, 0, block, P)
+            for piece in gl.static_range(1, PIECES):
+                acc = nothing
+                for i in gl.static_range(PROMOTE):
+                    b = columns_of(
+                        a_smem, buffer, (block * PROMOTE + i) % P.STAGE_HALVES, piece * COLUMNS,
+                        COLUMNS, P,
+                    )  # fmt: skip
+                    acc = warpgroup_mma(operands[i], b, acc, use_acc=i > 0, is_async=True)
+                if P.PINGPONG:
+                    pending = warpgroup_mma_wait(PROMOTE, deps=(pending,))
+                    totals = with_piece(
+                        SUMS, totals, pending, factor, base, sums, piece - 1, block, P
+                    )  # fmt: skip
+                if SUMS is not None:
+                    sums = read_columns(
+                        s_smem.index(buffer), group_of_block(block, P), piece, P, MMA
+                    )  # fmt: skip
+                pending = acc
+                if not P.PINGPONG:
+                    pending = warpgroup_mma_wait(0, deps=(pending,))
+                    totals = with_piece(SUMS, totals, pending, factor, base, sums, piece, block, P)
+        pending = warpgroup_mma_wait(0, deps=(pending,))
+        fence_async_shared()
+        mbarrier.arrive(empty.index(buffer))
+        buffer, phase = following(buffer, phase, P)
+        if P.PINGPONG:
+            totals = with_piece(
+                SUMS, totals, pending, factor, base, sums, PIECES - 1, BLOCKS - 1, P
+            )  # fmt: skip
+    return side_by_side(totals, P, MMA), buffer, phase
 
 
 @gluon.jit
@@ -357,75 +610,26 @@ def consume(operands, INDEX: gl.constexpr, P: gl.constexpr):
     ) = operands  # fmt: skip
     # Triton 3.6 knows no 256 columns of 8-bit elements
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(P.BLOCK_M, 128), 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(P.PIECE_M, 128), 32]
     )  # fmt: skip
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-    HALVES: gl.constexpr = P.TURNS * P.STAGE_HALVES
-    PROMOTE: gl.constexpr = P.PROMOTE_HALVES
     WHO: gl.constexpr = INDEX // P.SPLIT
     PART: gl.constexpr = INDEX % P.SPLIT
     buffer = gl.to_tensor(PART)
-    phase = 0
+    phase = gl.to_tensor(0)
     tile_phase = 0
     for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
-        acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32 if P.FLOAT else gl.int32, MMA)
-        total = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA) if P.PROMOTED else acc
-        for _ in range(bodies):
-            previous = buffer
-            factor = total
-            base = total
-            sums = total
-            for half in gl.static_range(HALVES):
-                if half % P.STAGE_HALVES == 0:
-                    mbarrier.wait(ready.index(buffer), phase)
-                if P.WIDTH == 8:
-                    chunk = buffer * P.STAGE_CHUNKS + 2 * (half % P.STAGE_HALVES)
-                    one = decode(read_words(w_smem, chunk, WHO, 1, P.BANDS), P)
-                    two = decode(read_words(w_smem, chunk + 1, WHO, 1, P.BANDS), P)
-                    a = row_operand(step_registers(one, 0), step_registers(two, 0), P, DOT)
-                else:
-                    if half % P.DECODED == 0:
-                        chunk = buffer * P.STAGE_CHUNKS + half % P.STAGE_HALVES // P.DECODED
-                        o = decode(read_words(w_smem, chunk, WHO, 1, P.BANDS), P)
-                    a = row_operand(
-                        step_registers(o, 8 * (half % P.DECODED)),
-                        step_registers(o, 8 * (half % P.DECODED) + 4), P, DOT,
-                    )  # fmt: skip
-                if P.PROMOTED and half % PROMOTE == 0:
-                    if half > 0:
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
-                        total = promoted(SUMS, total, acc, factor, base, sums, P)
-                    if P.GROUP != 0:
-                        factor, base, sums = read_factors(
-                            SUMS, e_smem, s_smem, buffer, half % P.STAGE_HALVES * 64 // P.GROUP, WHO, P, MMA
-                        )  # fmt: skip
-                b = a_smem.index(buffer * P.STEPS + half % P.STAGE_HALVES // 2).slice(half % 2 * 64, 64, 1)
-                acc = warpgroup_mma(
-                    a, b.permute((1, 0)), acc, use_acc=not P.PROMOTED or half % PROMOTE > 0,
-                    is_async=True,
-                )  # fmt: skip
-                if half == HALVES - 1:
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                elif half > 0:
-                    acc = warpgroup_mma_wait(1, deps=(acc,))
-                if half > 0 and half % P.STAGE_HALVES == 0:
-                    # the words were read through another proxy than TMA writes by
-                    fence_async_shared()
-                    mbarrier.arrive(empty.index(previous))
-                if half % P.STAGE_HALVES == P.STAGE_HALVES - 1:
-                    if half == HALVES - 1:
-                        fence_async_shared()
-                        mbarrier.arrive(empty.index(buffer))
-                    previous = buffer
-                    buffer += P.SPLIT
-                    if buffer >= P.STAGES:
-                        buffer -= P.STAGES
-                        phase ^= 1
-            if P.PROMOTED:
-                total = promoted(SUMS, total, acc, factor, base, sums, P)
-        result = total if P.PROMOTED else acc
+        if P.PROMOTED:
+            result, buffer, phase = multiply_promoted(
+                SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, bodies, WHO, P,
+                MMA, DOT,
+            )  # fmt: skip
+        else:
+            result, buffer, phase = multiply(
+                a_smem, w_smem, ready, empty, buffer, phase, bodies, WHO, P, MMA, DOT
+            )  # fmt: skip
         if P.SPLIT > 1:
             result = add_up(x_smem, given, taken, result, tile_phase, WHO, PART, P, MMA)
             tile_phase ^= 1
@@ -451,9 +655,12 @@ def batch8_kernel(
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
+    a_smem = gl.allocate_shared_memory(
+        A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128],
+        gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, 128], A.dtype),
+    )  # fmt: skip
     w_smem = gl.allocate_shared_memory(
-        gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
+        gl.int32, [P.STAGES, P.BANDS * P.CONSUMERS, 4 * P.STAGE_CHUNKS, 128], W.layout
     )  # fmt: skip
     e_smem = gl.allocate_shared_memory(
         gl.float32, [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, ROWS * P.CONSUMERS],
@@ -496,7 +703,7 @@ def batch8_kernel(
         OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, e_smem, s_smem,
         x_smem, c_smem, ready, empty, given, taken, M, N, G, tiles_n, tiles_m, bodies,
     )  # fmt: skip
-    producing = (A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, tiles_n * tiles_m, bodies)
+    producing = (A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, bodies)
     preparing = (
         SCALE, ZEROS, SUMS, e_smem, s_smem, ready, empty, M, N, G, tiles_n, tiles_m, bodies,
     )  # fmt: skip
@@ -505,12 +712,12 @@ def batch8_kernel(
     if P.CONSUMERS * P.SPLIT == 1:
         if P.EXTRAS == 0:
             gl.warp_specialize(
-                [(consume, (consuming, 0, P)), (load, (producing, P))], [1], [L]
+                [(consume, (consuming, 0, P)), (produce, (producing, P))], [1], [L]
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
-                    (consume, (consuming, 0, P)), (load, (producing, P)),
+                    (consume, (consuming, 0, P)), (produce, (producing, P)),
                     (prepare, (preparing, P)),
                 ], [1, 2], [L, L],
             )  # fmt: skip
@@ -519,14 +726,14 @@ def batch8_kernel(
             gl.warp_specialize(
                 [
                     (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
-                    (load, (producing, P)),
+                    (produce, (producing, P)),
                 ], [4, 1], [R, L],
             )  # fmt: skip
         else:
             gl.warp_specialize(
                 [
                     (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
-                    (load, (producing, P)), (prepare, (preparing, P)),
+                    (produce, (producing, P)), (prepare, (preparing, P)),
                 ], [4, 1, 2], [R, L, L],
             )  # fmt: skip
     else:
@@ -535,7 +742,7 @@ def batch8_kernel(
                 [
                     (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
                     (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
-                    (load, (producing, P)),
+                    (produce, (producing, P)),
                 ], [4, 4, 4, 1], [R, R, R, L],
             )  # fmt: skip
         else:
@@ -543,7 +750,7 @@ def batch8_kernel(
                 [
                     (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
                     (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
-                    (load, (producing, P)), (prepare, (preparing, P)),
+                    (produce, (producing, P)), (prepare, (preparing, P)),
                 ], [4, 4, 4, 1, 2], [R, R, R, L, L],
             )  # fmt: skip
 
