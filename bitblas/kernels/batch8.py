@@ -32,9 +32,8 @@ from .wgmma import (
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
 _MOST_GROUP = 8192
+_AHEAD = True
 _LEAST_ROWS = 16  # of A that a tile has
-_WHOLE = True
-_MOST_PROMOTED = 128  # values of k that the matrix units add up in e4m3, whose sums they round
 # (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {
     (1, 1): (256, 128), (1, 2): (256, 128), (1, 3): (256, 80), (1, 4): (256, 64),
@@ -53,8 +52,7 @@ class Tile(WgmmaTile):
 
     split: int = 1
     per_sm: int = 1
-    piece_m: int = 64
-    pingpong: bool = True
+    out_m: int = 256
     kernel: str = "batch8"
 
     @property
@@ -225,7 +223,7 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     extras, groups = _extras(config), _stage_groups(config, tile)
     stage = tile.stage_k * (tile.block_m + tile.rows * config.bits // 8)
     stage += 4 * groups * (extras * tile.rows + (tile.block_m if extras > 1 else 0))
-    out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
+    out = min(tile.block_m, tile.out_m) * tile.rows * config.torch_out_dtype.itemsize
     parts = 4 * tile.block_m * tile.rows * (tile.split - 1)
     return tile.stages * (stage + 16) + out + parts + 1024
 
@@ -275,8 +273,7 @@ def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
 
 def _fitting(
     config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
-    unroll: int, split: int, per_sm: int, piece_m: int = 64,
-    pingpong: bool = True,
+    unroll: int, split: int, per_sm: int, out_m: int = 256,
 ) -> Tile | None:  # fmt: skip
     """The tile with as many stages as shared memory allows; None where those are too few."""
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
@@ -284,7 +281,7 @@ def _fitting(
     for stages in range(16, 1, -1):
         if stages % split:  # a slot of the ring is one warpgroup's, so that it is sure of its phase
             continue
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm, piece_m, pingpong)
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm, out_m)
         if shared_bytes(config, tile) <= SHARED_BYTES // per_sm - (per_sm - 1) * 1024:
             return tile
     return None
@@ -340,10 +337,10 @@ def launches(
     pdl: dict[str, Any] = {"launch_pdl": True} if PROGRAMMATIC_LAUNCH else {}
     steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
     arguments = {
-        "A": _activations_map(A, tile),
+        "A": tma_map(A, [tile.block_m, 128]),
         "W": _words_map(config, W, tile),
         "OUT": out,
-        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
+        "OUT_MAP": results_map(out, [min(tile.block_m, tile.out_m), 64 * tile.bands]),
         "SCALE": scale,
         "ZEROS": zeros,
         "INPUT_SCALE": input_scale,
@@ -361,18 +358,6 @@ def launches(
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
     steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
     return steps
-
-
-def _activations_map(A: torch.Tensor, tile: Tile) -> Any:
-    """A stage of A at a time, as (steps, M, 128), where rows are whole steps; else a step."""
-    m, k = A.shape
-    if not _WHOLE or k % 128:
-        return tma_map(A, [tile.block_m, 128])
-    from .versions import TensorDescriptor, gl
-
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=3)
-    steps = A.view(m, k // 128, 128).transpose(0, 1)
-    return TensorDescriptor.from_tensor(steps, [tile.stage_k // 128, tile.block_m, 128], layout)
 
 
 def _words_map(config: MatmulConfig, W: torch.Tensor, tile: Tile) -> Any:
@@ -424,8 +409,9 @@ class Constants(ConstantsBase):
     PROMOTE_HALVES: int
     PIECE_M: int
     PIECES: int
-    PINGPONG: bool
-    WHOLE_STEPS: bool
+    TWO_SUMS: bool
+    AHEAD: bool
+    OUT_M: int
     EXTRAS: int
     STAGE_GROUPS: int
     RUN: int
@@ -464,11 +450,9 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
     decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
     promoted = min(tile.stage_k, group or tile.stage_k)
-    piece = tile.block_m
-    if config.A_dtype != "int8":
-        promoted = min(promoted, _MOST_PROMOTED)
-    if _promoted(config) and tile.block_m > tile.piece_m:
-        piece, promoted = tile.piece_m, min(promoted, 128)
+    piece = min(tile.block_m, 128) if _promoted(config) else tile.block_m
+    if config.A_dtype != "int8" or piece < tile.block_m:
+        promoted = 128
     # Stages whose scales of a row are read at once. One such read is under way at a time: of few
     # groups it would be the slowest of all; of many, registers become scarce.
     aligned = config.num_groups % 16 == 0 and not _needs_sums(config)
@@ -498,8 +482,9 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         PROMOTE_HALVES=promoted // 64,
         PIECE_M=piece,
         PIECES=tile.block_m // piece,
-        PINGPONG=tile.pingpong,
-        WHOLE_STEPS=_WHOLE and config.K % 128 == 0,
+        TWO_SUMS=tile.block_m <= 64,
+        AHEAD=_AHEAD and _promoted(config) and tile.block_m > 64,
+        OUT_M=min(tile.block_m, tile.out_m),
         EXTRAS=_extras(config),
         STAGE_GROUPS=_stage_groups(config, tile),
         RUN=run,

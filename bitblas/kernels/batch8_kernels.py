@@ -41,7 +41,6 @@ from .batch_kernels import (
     of_stage,
     place,
     preparing_layout,
-    store_results,
 )
 from .device import (
     decode_scale,
@@ -58,9 +57,10 @@ from .versions import (
     gl,
     gluon,
     mbarrier,
-    reinterpret,
+    thread_barrier,
     tma,
     tma_load,
+    tma_store,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -286,13 +286,6 @@ def side_by_side(pieces, P: gl.constexpr, MMA: gl.constexpr):
     x = pieces[0]
     if P.PIECES == 2:
         x = gl.join(pieces[0], pieces[1]).permute([0, 2, 1])
-    elif P.PIECES == 4:
-        x = gl.join(gl.join(pieces[0], pieces[1]), gl.join(pieces[2], pieces[3]))
-        x = x.permute([0, 3, 2, 1])
-    elif P.PIECES == 8:
-        x = gl.join(gl.join(pieces[0], pieces[1]), gl.join(pieces[2], pieces[3]))
-        y = gl.join(gl.join(pieces[4], pieces[5]), gl.join(pieces[6], pieces[7]))
-        x = gl.join(x, y).permute([0, 4, 3, 2, 1])
     return gl.convert_layout(x.reshape([64 * P.BANDS, P.BLOCK_M]), MMA, assert_trivial=True)
 
 
@@ -366,25 +359,42 @@ def finish(
         factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
         result = result * factor.expand_dims(0)
     result = with_bias(BIAS, result, n, N, OUT.dtype.element_ty)
-    store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
+    PARTS: gl.constexpr = P.BLOCK_M // P.OUT_M
+    for part in gl.static_range(PARTS):
+        x = result.reshape([64 * P.BANDS, PARTS, P.OUT_M]).permute([0, 2, 1])
+        x = gl.convert_layout(take(x, part), MMA, assert_trivial=True)
+        store_results(OUT, OUT_MAP, c_smem, x, row, tile_m * P.BLOCK_M + part * P.OUT_M, M, N, P)
+
+
+@gluon.jit
+def store_results(OUT, OUT_MAP, c_smem, x, row, first, M, N, P: gl.constexpr):
+    """Results of OUT_M rows of A from `first` on, through shared memory, written along N."""
+    if OUT_MAP is not None:
+        tma.store_wait(0)
+    thread_barrier()
+    c_smem.permute((1, 0)).store(x.to(OUT.dtype.element_ty))
+    if OUT_MAP is not None:
+        fence_async_shared()
+        tma_store(OUT_MAP, [first, row], c_smem)
+    else:
+        thread_barrier()
+        PIECE: gl.constexpr = min(32, P.OUT_M)
+        L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        m = gl.arange(0, PIECE, gl.SliceLayout(1, L)).expand_dims(1)
+        n = (row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(0, L))).expand_dims(0)
+        for piece in gl.static_range(P.OUT_M // PIECE):
+            top = first + piece * PIECE
+            pointer = OUT + top.to(gl.int64) * N + (m * N + n)
+            value = c_smem.slice(piece * PIECE, PIECE, 0).load(L)
+            gl.store(pointer, value, mask=(top + m < M) & (n < N))
 
 
 @gluon.jit
 def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
-    """A stage of A: [STEPS, BLOCK_M, 128], at once where A is given as (steps, M, 128)."""
-    if P.WHOLE_STEPS:
-        tma_load(A, [stage * P.STEPS, tile_m * P.BLOCK_M, 0], barrier, stages_of(a_smem, A, P).index(buffer))
-    else:
-        STEPS: gl.constexpr = P.STEPS
-        for step in gl.static_range(STEPS):
-            where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * 128]
-            tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
-
-
-@gluon.jit
-def stages_of(a_smem, A, P: gl.constexpr):
-    """The ring of A as TMA writes a stage of it."""
-    return reinterpret(a_smem, a_smem.dtype, [P.STAGES, P.STEPS, P.BLOCK_M, 128], A.layout)
+    STEPS: gl.constexpr = P.STEPS
+    for step in gl.static_range(STEPS):
+        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * 128]
+        tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
 
 
 @gluon.jit
@@ -398,8 +408,7 @@ def produce(operands, P: gl.constexpr):
     """Fills the ring with A and the packed words. Words of the first stages are on their way before
     what precedes this kernel is complete, A only after it."""
     A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, bodies = operands
-    TIMES: gl.constexpr = 1 if P.WHOLE_STEPS else P.STEPS
-    BYTES: gl.constexpr = W.block_type.nbytes + TIMES * A.block_type.nbytes
+    BYTES: gl.constexpr = W.block_type.nbytes + P.STEPS * A.block_type.nbytes
     stages = bodies * P.UNROLL
     first = gl.program_id(0)
     tile_n, tile_m = place(first, tiles_n, tiles_m, P.SWEEP)
@@ -507,8 +516,8 @@ def multiply(
 
 @gluon.jit
 def multiply_promoted(
-    SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, bodies, WHO: gl.constexpr,
-    P: gl.constexpr, MMA: gl.constexpr, DOT: gl.constexpr,
+    SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, ahead, last, bodies,
+    WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """As `multiply`, with sums of PROMOTE_HALVES halves added up in float32.
 
@@ -521,7 +530,7 @@ def multiply_promoted(
     COLUMNS: gl.constexpr = P.PIECE_M
     nothing = gl.zeros([64 * P.BANDS, COLUMNS], gl.float32 if P.FLOAT else gl.int32, MMA)
     totals = (gl.zeros([64 * P.BANDS, COLUMNS], gl.float32, MMA),) * PIECES
-    for _ in range(bodies):
+    for body in range(bodies):
         pending = nothing
         factor = nothing
         base = nothing
@@ -531,22 +540,30 @@ def multiply_promoted(
                 previous = buffer
                 if block > 0:
                     buffer, phase = following(buffer, phase, P)
-                mbarrier.wait(ready.index(buffer), phase)
+                if block > 0 or not P.AHEAD:
+                    mbarrier.wait(ready.index(buffer), phase)
             # the first piece is multiplied as the weights are decoded
             operands = ()
             acc = nothing
             for i in gl.static_range(PROMOTE):
-                if (block * PROMOTE + i) % P.DECODED == 0:
+                if block + i == 0 and P.AHEAD:
+                    o = ahead
+                elif (block * PROMOTE + i) % P.DECODED == 0:
                     o = words_of(w_smem, buffer, (block * PROMOTE + i) % P.STAGE_HALVES, WHO, P)
                 a = operand_of(o, block * PROMOTE + i, P, DOT)
                 b = columns_of(
                     a_smem, buffer, (block * PROMOTE + i) % P.STAGE_HALVES, 0, COLUMNS, P
                 )  # fmt: skip
+                if i == 0 and block > 0 and not P.TWO_SUMS:
+                    pending = warpgroup_mma_wait(0, deps=(pending,))
+                    totals = with_piece(
+                        SUMS, totals, pending, factor, base, sums, PIECES - 1, block - 1, P
+                    )  # fmt: skip
                 acc = warpgroup_mma(a, b, acc, use_acc=i > 0, is_async=True)
                 operands = operands + (a,)
-                if i > 0 and (PIECES == 1 or not P.PINGPONG):
+                if i > 0:
                     acc = warpgroup_mma_wait(1, deps=(acc,))
-                if i == 0 and block > 0 and P.PINGPONG:
+                if i == 0 and block > 0 and P.TWO_SUMS:
                     pending = warpgroup_mma_wait(1, deps=(pending,))
                     totals = with_piece(
                         SUMS, totals, pending, factor, base, sums, PIECES - 1, block - 1, P
@@ -567,10 +584,15 @@ def multiply_promoted(
                         s_smem.index(buffer), group_of_block(block, P), 0, P, MMA
                     )  # fmt: skip
             pending = acc
-            if not P.PINGPONG:
-                pending = warpgroup_mma_wait(0, deps=(pending,))
-                totals = with_piece(SUMS, totals, pending, factor, base, sums, 0, block, P)
             for piece in gl.static_range(1, PIECES):
+                pending = warpgroup_mma_wait(0, deps=(pending,))
+                totals = with_piece(
+                    SUMS, totals, pending, factor, base, sums, piece - 1, block, P
+                )  # fmt: skip
+                if SUMS is not None:
+                    sums = read_columns(
+                        s_smem.index(buffer), group_of_block(block, P), piece, P, MMA
+                    )  # fmt: skip
                 acc = nothing
                 for i in gl.static_range(PROMOTE):
                     b = columns_of(
@@ -578,28 +600,21 @@ def multiply_promoted(
                         COLUMNS, P,
                     )  # fmt: skip
                     acc = warpgroup_mma(operands[i], b, acc, use_acc=i > 0, is_async=True)
-                if P.PINGPONG:
-                    pending = warpgroup_mma_wait(PROMOTE, deps=(pending,))
-                    totals = with_piece(
-                        SUMS, totals, pending, factor, base, sums, piece - 1, block, P
-                    )  # fmt: skip
-                if SUMS is not None:
-                    sums = read_columns(
-                        s_smem.index(buffer), group_of_block(block, P), piece, P, MMA
-                    )  # fmt: skip
                 pending = acc
-                if not P.PINGPONG:
-                    pending = warpgroup_mma_wait(0, deps=(pending,))
-                    totals = with_piece(SUMS, totals, pending, factor, base, sums, piece, block, P)
+        done = buffer
+        buffer, phase = following(buffer, phase, P)
+        if P.AHEAD:
+            # the next stage's first words are decoded beside the last piece
+            if (not last) | (body + 1 < bodies):
+                mbarrier.wait(ready.index(buffer), phase)
+            ahead = words_of(w_smem, buffer, 0, WHO, P)
         pending = warpgroup_mma_wait(0, deps=(pending,))
         fence_async_shared()
-        mbarrier.arrive(empty.index(buffer))
-        buffer, phase = following(buffer, phase, P)
-        if P.PINGPONG:
-            totals = with_piece(
-                SUMS, totals, pending, factor, base, sums, PIECES - 1, BLOCKS - 1, P
-            )  # fmt: skip
-    return side_by_side(totals, P, MMA), buffer, phase
+        mbarrier.arrive(empty.index(done))
+        totals = with_piece(
+            SUMS, totals, pending, factor, base, sums, PIECES - 1, BLOCKS - 1, P
+        )  # fmt: skip
+    return side_by_side(totals, P, MMA), buffer, phase, ahead
 
 
 @gluon.jit
@@ -618,13 +633,18 @@ def consume(operands, INDEX: gl.constexpr, P: gl.constexpr):
     buffer = gl.to_tensor(PART)
     phase = gl.to_tensor(0)
     tile_phase = 0
+    ahead = (buffer,)
+    if P.AHEAD:
+        mbarrier.wait(ready.index(buffer), phase)
+        ahead = words_of(w_smem, buffer, 0, WHO, P)
     for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         if P.PROMOTED:
-            result, buffer, phase = multiply_promoted(
-                SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, bodies, WHO, P,
-                MMA, DOT,
+            last = tile + gl.num_programs(0) >= tiles_n * tiles_m
+            result, buffer, phase, ahead = multiply_promoted(
+                SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, ahead, last,
+                bodies, WHO, P, MMA, DOT,
             )  # fmt: skip
         else:
             result, buffer, phase = multiply(
@@ -655,10 +675,7 @@ def batch8_kernel(
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    a_smem = gl.allocate_shared_memory(
-        A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128],
-        gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, 128], A.dtype),
-    )  # fmt: skip
+    a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 128], A.layout)
     w_smem = gl.allocate_shared_memory(
         gl.int32, [P.STAGES, P.BANDS * P.CONSUMERS, 4 * P.STAGE_CHUNKS, 128], W.layout
     )  # fmt: skip
@@ -676,8 +693,8 @@ def batch8_kernel(
         gl.SwizzledSharedLayout(2, 1, 8, [1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
-        OUT.dtype.element_ty, [P.CONSUMERS, P.BLOCK_M, ROWS],
-        gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, ROWS], OUT.dtype.element_ty),
+        OUT.dtype.element_ty, [P.CONSUMERS, P.OUT_M, ROWS],
+        gl.NVMMASharedLayout.get_default_for([P.OUT_M, ROWS], OUT.dtype.element_ty),
     )  # fmt: skip
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
