@@ -32,8 +32,7 @@ from .wgmma import (
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
 _MOST_GROUP = 8192
-_AHEAD = True
-_LEAST_ROWS = 16  # of A that a tile has
+_LEAST_ROWS = 8  # of A that a tile has
 # (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {
     (1, 1): (256, 128), (1, 2): (256, 128), (1, 3): (256, 80), (1, 4): (256, 64),
@@ -52,7 +51,6 @@ class Tile(WgmmaTile):
 
     split: int = 1
     per_sm: int = 1
-    out_m: int = 256
     kernel: str = "batch8"
 
     @property
@@ -223,7 +221,7 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     extras, groups = _extras(config), _stage_groups(config, tile)
     stage = tile.stage_k * (tile.block_m + tile.rows * config.bits // 8)
     stage += 4 * groups * (extras * tile.rows + (tile.block_m if extras > 1 else 0))
-    out = min(tile.block_m, tile.out_m) * tile.rows * config.torch_out_dtype.itemsize
+    out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
     parts = 4 * tile.block_m * tile.rows * (tile.split - 1)
     return tile.stages * (stage + 16) + out + parts + 1024
 
@@ -240,12 +238,14 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
 
 # block_m, bands, consumers, values of k in a stage, turns, split, blocks on a multiprocessor
 _SHAPES = {
-    16: ((16, 1, 1, 512, 1, 2, 1), (16, 1, 1, 256, 2, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
-    32: ((32, 1, 1, 512, 1, 2, 1), (32, 1, 1, 256, 2, 2, 1), (32, 1, 2, 256, 2, 1, 1)),
-    64: ((64, 1, 1, 256, 1, 2, 1), (64, 1, 1, 256, 1, 1, 2), (64, 1, 2, 256, 2, 1, 1)),
-    128: ((128, 1, 2, 128, 4, 1, 1), (128, 2, 2, 128, 1, 1, 1), (64, 2, 2, 128, 2, 1, 1)),
-    256: ((256, 1, 2, 128, 1, 1, 1), (128, 2, 2, 128, 1, 1, 1), (128, 1, 2, 128, 4, 1, 1),
-          (64, 2, 2, 128, 2, 1, 1)),
+    8: ((8, 1, 1, 1024, 1, 4, 1), (8, 1, 1, 512, 1, 4, 1), (8, 1, 1, 256, 1, 2, 2)),
+    16: ((16, 1, 1, 256, 1, 4, 1), (16, 1, 1, 128, 2, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
+    32: ((32, 1, 1, 256, 1, 4, 1), (32, 1, 1, 256, 1, 2, 1)),
+    64: ((64, 1, 1, 256, 1, 2, 1), (64, 1, 2, 128, 1, 2, 1), (64, 1, 2, 256, 1, 1, 1)),
+    128: ((128, 1, 1, 128, 1, 2, 1), (128, 1, 1, 128, 2, 2, 1), (128, 1, 2, 128, 2, 1, 1),
+          (64, 1, 1, 256, 1, 2, 1), (64, 1, 2, 128, 2, 1, 1)),
+    256: ((256, 1, 2, 128, 1, 1, 1), (128, 2, 2, 128, 1, 1, 1), (128, 1, 2, 128, 2, 1, 1),
+          (64, 2, 2, 128, 1, 1, 1), (64, 1, 2, 128, 2, 1, 1)),
 }  # fmt: skip
 
 
@@ -265,23 +265,25 @@ def _promoted(config: MatmulConfig) -> bool:
 
 
 def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
-    """Promoted sums take as many registers again, those of A's rows a few for each column."""
+    """Promoted sums take up to as many registers again, sums of A's rows a few for each column."""
+    sums = _needs_sums(config)
+    if group_of(config) and sums:
+        return block_m <= 64 and bands * block_m <= 128
     if _promoted(config):
-        return bands * block_m <= 128 and block_m <= (64 if _needs_sums(config) else 128)
-    return block_m <= (128 if _needs_sums(config) else 256)
+        return bands * block_m <= 128 or bands == 1
+    return block_m <= (128 if sums else 256)
 
 
 def _fitting(
     config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
-    unroll: int, split: int, per_sm: int, out_m: int = 256,
+    unroll: int, split: int, per_sm: int,
 ) -> Tile | None:  # fmt: skip
     """The tile with as many stages as shared memory allows; None where those are too few."""
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
     blocks = per_sm * gpu.multiprocessors
-    for stages in range(16, 1, -1):
-        if stages % split:  # a slot of the ring is one warpgroup's, so that it is sure of its phase
-            continue
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm, out_m)
+    least = max(3, 2 * split)  # a warpgroup's next stage arrives while it works on one
+    for stages in range(16 // split * split, least - 1, -split):
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm)
         if shared_bytes(config, tile) <= SHARED_BYTES // per_sm - (per_sm - 1) * 1024:
             return tile
     return None
@@ -293,23 +295,31 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> int:
 
 
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
-    """What a product should take, from counts of matrix instructions and bytes.
+    """What a product should take, from what 64 values of k cost a block.
 
-    Measured on an H200, N = K = 8192: a multiprocessor takes in 48 bytes a cycle (m = 64, int2 to
-    int8), and its matrix units sustain 0.93 of their peak (m = 4096).
+    That is the matrix instructions, the chain of waits and decoding that a warpgroup goes through,
+    and the bytes that arrive, which overlap, but not wholly (a p-norm of them). The constants are
+    a fit to 140 measurements on an H200, mostly N = K = 8192 (benchmarks/results/h200_batch8_tiles.csv), 10 %
+    off.
     """
     tiles = tiles_of(config, m, tile)
     blocks = min(tile.blocks, tiles)
-    bodies = -(-tiles // blocks) * -(-config.K // tile.body_k)
-    weights = tile.rows * tile.body_k
-    traffic = (tile.body_k * min(tile.block_m, m) + weights * config.bits / 8) / 48
-    cycles = weights * tile.block_m / 4096 / 0.93
+    waves = -(-tiles // blocks)
+    together = -(-blocks // gpu.multiprocessors)
+    halves = waves * -(-config.K // tile.body_k) * tile.body_k / 64
+    integers = config.A_dtype == "int8"
+    sums = tile.bands * tile.block_m / 2  # registers
+    chain = 157.0 if integers or config.bits == 8 else 157 + 79 * tile.bands
     if _promoted(config):
-        cycles += tile.rows * tile.block_m * (0.02 if config.A_dtype == "int8" else 0.01)
-    # of two that multiply as fast, the one that reads less; blocks on one multiprocessor take turns
-    cycles = (max(cycles, traffic) + 0.02 * traffic) * -(-blocks // gpu.multiprocessors)
-    read = (config.N * config.K * config.bits / 8 + m * config.K) / gpu.bytes_per_us
-    return 3.0 + max(bodies * cycles / gpu.cycles_per_us, read)
+        chain += sums * (2.5 if integers else 1.5)
+    if group_of(config) and _needs_sums(config):
+        chain += sums * 5
+    matrix = tile.rows * tile.block_m * together / (73 if integers else 68)
+    traffic = (64 * tile.block_m + 8 * tile.rows * config.bits) * together / 116
+    step = (matrix**1.8 + (chain / tile.split) ** 1.8 + traffic**1.8) ** (1 / 1.8)
+    read = config.N * config.K * config.bits / 8 / (0.85 * gpu.bytes_per_us)
+    work = ((halves * step / gpu.cycles_per_us) ** 6 + read**6) ** (1 / 6)
+    return 2.5 + work + 0.022 * waves * sums
 
 
 def launches(
@@ -340,7 +350,7 @@ def launches(
         "A": tma_map(A, [tile.block_m, 128]),
         "W": _words_map(config, W, tile),
         "OUT": out,
-        "OUT_MAP": results_map(out, [min(tile.block_m, tile.out_m), 64 * tile.bands]),
+        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
         "SCALE": scale,
         "ZEROS": zeros,
         "INPUT_SCALE": input_scale,
@@ -410,8 +420,6 @@ class Constants(ConstantsBase):
     PIECE_M: int
     PIECES: int
     TWO_SUMS: bool
-    AHEAD: bool
-    OUT_M: int
     EXTRAS: int
     STAGE_GROUPS: int
     RUN: int
@@ -452,7 +460,7 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
     promoted = min(tile.stage_k, group or tile.stage_k)
     piece = min(tile.block_m, 128) if _promoted(config) else tile.block_m
     if config.A_dtype != "int8" or piece < tile.block_m:
-        promoted = 128
+        promoted = 128  # the matrix units round sums of e4m3; operands are kept for all pieces
     # Stages whose scales of a row are read at once. One such read is under way at a time: of few
     # groups it would be the slowest of all; of many, registers become scarce.
     aligned = config.num_groups % 16 == 0 and not _needs_sums(config)
@@ -483,8 +491,6 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         PIECE_M=piece,
         PIECES=tile.block_m // piece,
         TWO_SUMS=tile.block_m <= 64,
-        AHEAD=_AHEAD and _promoted(config) and tile.block_m > 64,
-        OUT_M=min(tile.block_m, tile.out_m),
         EXTRAS=_extras(config),
         STAGE_GROUPS=_stage_groups(config, tile),
         RUN=run,

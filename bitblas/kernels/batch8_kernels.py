@@ -41,6 +41,7 @@ from .batch_kernels import (
     of_stage,
     place,
     preparing_layout,
+    store_results,
 )
 from .device import (
     decode_scale,
@@ -57,10 +58,8 @@ from .versions import (
     gl,
     gluon,
     mbarrier,
-    thread_barrier,
     tma,
     tma_load,
-    tma_store,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -359,34 +358,7 @@ def finish(
         factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
         result = result * factor.expand_dims(0)
     result = with_bias(BIAS, result, n, N, OUT.dtype.element_ty)
-    PARTS: gl.constexpr = P.BLOCK_M // P.OUT_M
-    for part in gl.static_range(PARTS):
-        x = result.reshape([64 * P.BANDS, PARTS, P.OUT_M]).permute([0, 2, 1])
-        x = gl.convert_layout(take(x, part), MMA, assert_trivial=True)
-        store_results(OUT, OUT_MAP, c_smem, x, row, tile_m * P.BLOCK_M + part * P.OUT_M, M, N, P)
-
-
-@gluon.jit
-def store_results(OUT, OUT_MAP, c_smem, x, row, first, M, N, P: gl.constexpr):
-    """Results of OUT_M rows of A from `first` on, through shared memory, written along N."""
-    if OUT_MAP is not None:
-        tma.store_wait(0)
-    thread_barrier()
-    c_smem.permute((1, 0)).store(x.to(OUT.dtype.element_ty))
-    if OUT_MAP is not None:
-        fence_async_shared()
-        tma_store(OUT_MAP, [first, row], c_smem)
-    else:
-        thread_barrier()
-        PIECE: gl.constexpr = min(32, P.OUT_M)
-        L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        m = gl.arange(0, PIECE, gl.SliceLayout(1, L)).expand_dims(1)
-        n = (row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(0, L))).expand_dims(0)
-        for piece in gl.static_range(P.OUT_M // PIECE):
-            top = first + piece * PIECE
-            pointer = OUT + top.to(gl.int64) * N + (m * N + n)
-            value = c_smem.slice(piece * PIECE, PIECE, 0).load(L)
-            gl.store(pointer, value, mask=(top + m < M) & (n < N))
+    store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
 
 
 @gluon.jit
@@ -516,8 +488,8 @@ def multiply(
 
 @gluon.jit
 def multiply_promoted(
-    SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, ahead, last, bodies,
-    WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr, DOT: gl.constexpr,
+    SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, bodies, WHO: gl.constexpr,
+    P: gl.constexpr, MMA: gl.constexpr, DOT: gl.constexpr,
 ):  # fmt: skip
     """As `multiply`, with sums of PROMOTE_HALVES halves added up in float32.
 
@@ -530,7 +502,7 @@ def multiply_promoted(
     COLUMNS: gl.constexpr = P.PIECE_M
     nothing = gl.zeros([64 * P.BANDS, COLUMNS], gl.float32 if P.FLOAT else gl.int32, MMA)
     totals = (gl.zeros([64 * P.BANDS, COLUMNS], gl.float32, MMA),) * PIECES
-    for body in range(bodies):
+    for _ in range(bodies):
         pending = nothing
         factor = nothing
         base = nothing
@@ -540,15 +512,12 @@ def multiply_promoted(
                 previous = buffer
                 if block > 0:
                     buffer, phase = following(buffer, phase, P)
-                if block > 0 or not P.AHEAD:
-                    mbarrier.wait(ready.index(buffer), phase)
+                mbarrier.wait(ready.index(buffer), phase)
             # the first piece is multiplied as the weights are decoded
             operands = ()
             acc = nothing
             for i in gl.static_range(PROMOTE):
-                if block + i == 0 and P.AHEAD:
-                    o = ahead
-                elif (block * PROMOTE + i) % P.DECODED == 0:
+                if (block * PROMOTE + i) % P.DECODED == 0:
                     o = words_of(w_smem, buffer, (block * PROMOTE + i) % P.STAGE_HALVES, WHO, P)
                 a = operand_of(o, block * PROMOTE + i, P, DOT)
                 b = columns_of(
@@ -601,20 +570,14 @@ def multiply_promoted(
                     )  # fmt: skip
                     acc = warpgroup_mma(operands[i], b, acc, use_acc=i > 0, is_async=True)
                 pending = acc
-        done = buffer
-        buffer, phase = following(buffer, phase, P)
-        if P.AHEAD:
-            # the next stage's first words are decoded beside the last piece
-            if (not last) | (body + 1 < bodies):
-                mbarrier.wait(ready.index(buffer), phase)
-            ahead = words_of(w_smem, buffer, 0, WHO, P)
         pending = warpgroup_mma_wait(0, deps=(pending,))
         fence_async_shared()
-        mbarrier.arrive(empty.index(done))
+        mbarrier.arrive(empty.index(buffer))
+        buffer, phase = following(buffer, phase, P)
         totals = with_piece(
             SUMS, totals, pending, factor, base, sums, PIECES - 1, BLOCKS - 1, P
         )  # fmt: skip
-    return side_by_side(totals, P, MMA), buffer, phase, ahead
+    return side_by_side(totals, P, MMA), buffer, phase
 
 
 @gluon.jit
@@ -633,18 +596,13 @@ def consume(operands, INDEX: gl.constexpr, P: gl.constexpr):
     buffer = gl.to_tensor(PART)
     phase = gl.to_tensor(0)
     tile_phase = 0
-    ahead = (buffer,)
-    if P.AHEAD:
-        mbarrier.wait(ready.index(buffer), phase)
-        ahead = words_of(w_smem, buffer, 0, WHO, P)
     for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         if P.PROMOTED:
-            last = tile + gl.num_programs(0) >= tiles_n * tiles_m
-            result, buffer, phase, ahead = multiply_promoted(
-                SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, ahead, last,
-                bodies, WHO, P, MMA, DOT,
+            result, buffer, phase = multiply_promoted(
+                SUMS, a_smem, w_smem, e_smem, s_smem, ready, empty, buffer, phase, bodies, WHO, P,
+                MMA, DOT,
             )  # fmt: skip
         else:
             result, buffer, phase = multiply(
@@ -693,8 +651,8 @@ def batch8_kernel(
         gl.SwizzledSharedLayout(2, 1, 8, [1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
-        OUT.dtype.element_ty, [P.CONSUMERS, P.OUT_M, ROWS],
-        gl.NVMMASharedLayout.get_default_for([P.OUT_M, ROWS], OUT.dtype.element_ty),
+        OUT.dtype.element_ty, [P.CONSUMERS, P.BLOCK_M, ROWS],
+        gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, ROWS], OUT.dtype.element_ty),
     )  # fmt: skip
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
