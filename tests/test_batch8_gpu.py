@@ -112,7 +112,11 @@ UNALIKE = [
     (dict(w="uint4", zeros="original", K=4096, group_size=256), 40, Tile(64, 1, 1, 256, 3, 1, 30)),
     (dict(w="int2", K=4096), 1, Tile(16, 1, 1, 512, 3, 1, 40)),
     (dict(w="int2", K=4096), 5, Tile(8, 1, 1, 256, 8, 1, 40, split=4)),
-    (dict(w="uint4", zeros="original", K=4096, group_size=128), 60, Tile(64, 1, 1, 256, 4, 1, 9, 2)),
+    (
+        dict(w="uint4", zeros="original", K=4096, group_size=128),
+        60,
+        Tile(64, 1, 1, 256, 4, 1, 9, 2),
+    ),
     (dict(a="e4m3_float8", w="int4", K=4096, group_size=128), 70, None),
     (dict(a="e4m3_float8", w="e4m3_float8", K=2064), 200, Tile(128, 1, 2, 128, 5, 2, 21)),
     (dict(w="uint8", zeros="quantized", K=2064), 300, Tile(128, 1, 2, 128, 3, 2, 11)),

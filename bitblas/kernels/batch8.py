@@ -35,9 +35,7 @@ _MOST_GROUP = 8192
 _LEAST_ROWS = 8  # of A that a tile has
 # (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {
-    (1, 1): (256, 128), (1, 2): (256, 128), (1, 3): (256, 80), (1, 4): (256, 64),
-    (2, 1): (384, 168), (2, 2): (384, 80),
-    (4, 1): (640, 96),
+    (1, 1): (256, 128), (1, 2): (256, 128), (2, 1): (384, 168), (2, 2): (384, 80), (4, 1): (640, 96),
 }  # fmt: skip
 
 
@@ -239,22 +237,26 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
 # block_m, bands, consumers, values of k in a stage, turns, split, blocks on a multiprocessor
 _SHAPES = {
     8: ((8, 1, 1, 1024, 1, 4, 1), (8, 1, 1, 512, 1, 4, 1), (8, 1, 1, 256, 1, 2, 2)),
-    16: ((16, 1, 1, 256, 1, 4, 1), (16, 1, 1, 128, 2, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
+    16: ((16, 1, 1, 128, 2, 4, 1), (16, 1, 1, 256, 1, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
     32: ((32, 1, 1, 256, 1, 4, 1), (32, 1, 1, 256, 1, 2, 1)),
     64: ((64, 1, 1, 256, 1, 2, 1), (64, 1, 2, 128, 1, 2, 1), (64, 1, 2, 256, 1, 1, 1)),
-    128: ((128, 1, 1, 128, 1, 2, 1), (128, 1, 1, 128, 2, 2, 1), (128, 1, 2, 128, 2, 1, 1),
-          (64, 1, 1, 256, 1, 2, 1), (64, 1, 2, 128, 2, 1, 1)),
+    128: ((128, 1, 1, 128, 2, 2, 1), (128, 1, 2, 128, 2, 1, 1), (64, 1, 1, 256, 1, 2, 1),
+          (64, 1, 2, 128, 1, 1, 1)),
     256: ((256, 1, 2, 128, 1, 1, 1), (128, 2, 2, 128, 1, 1, 1), (128, 1, 2, 128, 2, 1, 1),
-          (64, 2, 2, 128, 1, 1, 1), (64, 1, 2, 128, 2, 1, 1)),
+          (64, 1, 2, 128, 1, 1, 1)),
 }  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for shape in _SHAPES[min(m, 256)]:
-        if _fits_registers(config, shape[0], shape[1]):
-            tiles.append(_fitting(config, gpu, *shape))
+    for block_m, bands, consumers, stage_k, turns, split, per_sm in _SHAPES[min(m, 256)]:
+        if _fits_registers(config, block_m, bands):
+            if _promoted(config) and block_m > 64:  # sums of two turns would not fit registers
+                turns = 1
+            tiles.append(
+                _fitting(config, gpu, block_m, bands, consumers, stage_k, turns, split, per_sm)
+            )
     found = dict.fromkeys(tile for tile in tiles if tile is not None)
     return tuple(sorted(found, key=lambda tile: microseconds(config, m, tile, gpu)))
 
@@ -299,8 +301,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
 
     That is the matrix instructions, the chain of waits and decoding that a warpgroup goes through,
     and the bytes that arrive, which overlap, but not wholly (a p-norm of them). The constants are
-    a fit to 140 measurements on an H200, mostly N = K = 8192 (benchmarks/results/h200_batch8_tiles.csv), 10 %
-    off.
+    a fit to 136 measurements on an H200 (benchmarks/results/h200_batch8_tiles.csv), 10 % off.
     """
     tiles = tiles_of(config, m, tile)
     blocks = min(tile.blocks, tiles)

@@ -11,7 +11,7 @@ comes in with the sums of products, P, and of A, S (row_sums), over a group:
 
     s * UNIT * P - (s * (z - SHIFT)) * S   or   s * UNIT * P - (z - s * SHIFT) * S
 
-in float32, once a body where rows have several groups, else once at the end. Integer results of
+in float32, after each group where rows have several, else once at the end. Integer results of
 integers alone (EXACT) are all in int32.
 
     step     128 values of k, a row of A in a swizzled tile of shared memory
@@ -119,8 +119,8 @@ def load_sums(SUMS, tile_m, group, M, P: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def factors(scale, zero, P: gl.constexpr):
-    """What multiplies sums of products, and what the sums of A and is subtracted then, of scales
-    and zero points as they are stored; both float32."""
+    """What multiplies sums of products, and what the sums of A times which is subtracted, in
+    float32; of scales and zero points as they are stored."""
     factor = scale.to(gl.float32) + P.UNIT  # of 0: there is no scale
     base = zero.to(gl.float32) - P.SHIFT
     if P.SCALED:
@@ -196,9 +196,8 @@ def prepare(operands, P: gl.constexpr):
             for i in gl.static_range(RUN):
                 stage = run * RUN + i
                 if stage < stages:
-                    factor, base = factors(
-                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), P
-                    )  # fmt: skip
+                    scale, zero = of_stage(scales, i, P, L), of_stage(zeros, i, P, L)
+                    factor, base = factors(scale, zero, P)
                     mbarrier.wait(empty.index(buffer), phase)
                     slot = buffer * P.EXTRAS
                     ROWS: gl.constexpr = 64 * BANDS
@@ -236,13 +235,17 @@ def columns_layout(BLOCK_M):
 
 @gluon.jit
 def read_rows(smem, GROUP: gl.constexpr, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr):
+    """A consumer's share of what `prepare` has stored of a group for each row."""
     ROWS: gl.constexpr = 64 * P.BANDS
     x = smem.slice(GROUP, 1, 0).slice(WHO * ROWS, ROWS, 1).load(rows_layout(P.BANDS))
     return gl.convert_layout(x.reshape([ROWS]), gl.SliceLayout(1, MMA), assert_trivial=True)
 
 
 @gluon.jit
-def read_columns(smem, GROUP: gl.constexpr, PIECE: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr):
+def read_columns(
+    smem, GROUP: gl.constexpr, PIECE: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
+):
+    """The sums of a group of A's rows that `prepare` has stored, of a piece."""
     COLUMNS: gl.constexpr = P.PIECE_M
     L: gl.constexpr = columns_layout(COLUMNS)
     x = smem.slice(GROUP, 1, 0).slice(PIECE * COLUMNS, COLUMNS, 1).load(L).reshape([COLUMNS])
@@ -289,8 +292,9 @@ def side_by_side(pieces, P: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def add_up(x_smem, given, taken, acc, phase, WHO: gl.constexpr, PART: gl.constexpr,
-    P: gl.constexpr, MMA: gl.constexpr,
+def add_up(
+    x_smem, given, taken, acc, phase, WHO: gl.constexpr, PART: gl.constexpr, P: gl.constexpr,
+    MMA: gl.constexpr,
 ):  # fmt: skip
     """The first of the warpgroups that share rows gets the sums of all of them, in their order."""
     OTHERS: gl.constexpr = P.SPLIT - 1
@@ -426,6 +430,7 @@ def words_of(w_smem, buffer, HALF: gl.constexpr, WHO: gl.constexpr, P: gl.conste
 
 @gluon.jit
 def operand_of(o, HALF: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
+    """A half of decoded chunks as the row operand."""
     FIRST: gl.constexpr = 8 * (HALF % P.DECODED)
     return row_operand(step_registers(o, FIRST), step_registers(o, FIRST + 4), P, DOT)
 
@@ -493,8 +498,9 @@ def multiply_promoted(
 ):  # fmt: skip
     """As `multiply`, with sums of PROMOTE_HALVES halves added up in float32.
 
-    Columns are summed in PIECES, one after the other: while the matrix units sum one, the sums of
-    the one before are added.
+    A tile's columns are summed in PIECES, one after the other, which share the registers of acc.
+    TWO_SUMS: acc and what is `pending` have registers of their own, so that one is added to its
+    total while the other is multiplied.
     """
     PROMOTE: gl.constexpr = P.PROMOTE_HALVES
     BLOCKS: gl.constexpr = P.TURNS * P.STAGE_HALVES // PROMOTE
