@@ -35,8 +35,12 @@ _MOST_GROUP = 8192
 _LEAST_ROWS = 8  # of A that a tile has
 # (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
 _THREADS = {
-    (1, 1): (256, 128), (1, 2): (256, 128), (2, 1): (384, 168), (2, 2): (384, 80), (4, 1): (640, 96),
-}  # fmt: skip
+    (1, 1): (256, 128),
+    (1, 2): (256, 128),
+    (2, 1): (384, 168),
+    (2, 2): (384, 80),
+    (4, 1): (640, 96),
+}
 
 
 @dataclass(frozen=True)
