@@ -54,13 +54,13 @@ def drawn_tile(rng: random.Random, config: MatmulConfig) -> Tile:
     """Any tile that fits, with any number of blocks."""
     smallest = FRAGMENT_16.block_k(config.bits)
     while True:
-        block_m, bands, consumers = rng.choice(
-            [(32, 1, 4), (32, 2, 2), (64, 1, 4), (64, 2, 2), (64, 1, 2), (128, 1, 2), (256, 1, 2)]
+        block_m, bands = rng.choice(
+            [(32, 2), (64, 2), *((rows, 1) for rows in (32, 64, 96, 128, 160, 192, 256, 320))]
         )
         tile = Tile(
             block_m,
             bands,
-            consumers,
+            consumers=2,
             stage_k=smallest * (1 if smallest > 64 else rng.choice((1, 2))),
             stages=rng.choice((2, 3, 5)),
             unroll=rng.choice((1, 2)),

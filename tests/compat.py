@@ -47,7 +47,7 @@ from bitblas.formats import FORMATS
 
 SIZES = ((4096, 4096),) * 3 + ((1000, 1440),)  # N, K; the last needs every mask
 GROUPS = (128, 128, 64, 32, -1)
-ROWS = {"few": (1, 4, 8, 16), "tens": (32, 64), "many": (512, 4096)}
+ROWS = {"few": (1, 4, 8, 16), "tens": (32, 64, 96), "many": (192, 512, 4096)}
 # bytes of shared memory that a block can have
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA")

@@ -38,8 +38,9 @@ DECODE = [
 BATCH = [  # tiles that are shared among blocks, and ones that are not
     ("uint4", "float16", "original", 72, 416, 32, 40, batch.Tile(64, 1, 2, 64, 3, 2, 3)),
     ("uint4", "float16", "quantized", 200, 416, 32, 300, batch.Tile(128, 1, 2, 64, 3, 1, 4)),
+    ("int4", "bfloat16", None, 200, 416, 32, 90, batch.Tile(96, 1, 2, 64, 3, 1, 4)),
     ("uint3", "bfloat16", "rescale", 33, 520, -1, 17, batch.Tile(32, 2, 2, 256, 2, 1, 2)),
-    ("nf4", "float16", None, 300, 544, 32, 20, batch.Tile(32, 1, 4, 64, 3, 2, 9, share=False)),
+    ("nf4", "float16", None, 300, 544, 32, 20, batch.Tile(32, 1, 2, 64, 3, 2, 9, share=False)),
 ]
 BATCH8 = [
     ("int4", "int8", None, 72, 416, -1, 5, batch8.Tile(16, 1, 1, 256, 3, 1, 2)),

@@ -31,10 +31,12 @@ from .wgmma import (
 
 KERNELS = ("batch",)
 _LEAST_ROWS = 32  # of A that a tile has
-MOST_PARTS = 256  # of a shared tile, whose flags a warpgroup looks at
+MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
+# what flags hold when a part is there
+_TAG = 0x2545F4914F6CDD1D
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
-# (consumers, blocks on a multiprocessor) -> threads of a block, registers of each
-_THREADS = {(2, 1): (384, 168), (4, 1): (640, 96), (2, 2): (384, 80)}
+# blocks on a multiprocessor -> registers of each of a block's 384 threads
+_REGISTERS = {1: 168, 2: 80}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Tile(WgmmaTile):
     share: bool = True
     per_sm: int = 1
     kernel: str = "batch"
+
+    @property
+    def pieces(self) -> tuple[int, int]:
+        """block_m as a power of two and what is left, which is one, too, or 0."""
+        first = 1 << (self.block_m.bit_length() - 1)
+        return first, self.block_m - first
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
@@ -116,11 +124,12 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
 
 
 def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Tiles whose bodies are dealt out to all blocks; none if they would be in too many parts."""
+    """Tiles whose bodies are dealt out to all blocks; none if there are fewer bodies than blocks,
+    or too many parts of a tile."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
-    blocks = _blocks(config, m, tile)
+    blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = tiles_n * tiles_m % blocks if tile.share else 0
-    few = not shared or parts(shared, _bodies(config, tile), blocks) <= MOST_PARTS
+    few = shared * bodies >= blocks and parts(shared, bodies, blocks) <= MOST_PARTS
     return shared if few else 0
 
 
@@ -166,24 +175,22 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
     return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
 
 
-# block_m, bands, consumers, values of k in a stage, stages that are unrolled, blocks on a
-# multiprocessor: those that were the fastest for some shape on an H200
-_SHAPES = {
-    32: ((32, 1, 2, 256, 1, 1), (32, 1, 4, 256, 1, 1), (32, 1, 2, 128, 2, 2)),
-    64: ((64, 1, 2, 256, 1, 1), (64, 1, 4, 128, 1, 1), (64, 1, 2, 128, 1, 2)),
-    128: ((128, 1, 2, 128, 1, 1), (64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
-    256: (
-        *((256, 1, 2, 64, 2, 1), (128, 1, 2, 128, 1, 1)),
-        *((64, 1, 2, 256, 1, 1), (128, 2, 2, 128, 1, 1)),
-    ),
-}
+# block_m, values of k in a stage, stages that are unrolled, blocks on a multiprocessor: those that
+# were the fastest for some shape on an H200
+_SHAPES = (
+    *((32, 256, 1, 1), (32, 128, 1, 2), (64, 256, 1, 1), (64, 128, 1, 2), (96, 128, 1, 1)),
+    *((128, 128, 1, 1), (160, 64, 2, 1), (192, 64, 2, 1), (256, 64, 2, 1), (320, 64, 2, 1)),
+)
+_MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large are not looked at
 
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for shape in _SHAPES[min(m, 256)]:
-        tile = _fitting(config, gpu, *shape)
+    for block_m, *shape in _SHAPES:
+        if -(-m // block_m) * block_m > _MOST_IDLE * m or block_m < min(m, 256) / 4:
+            continue
+        tile = _fitting(config, gpu, block_m, *shape)
         if tile is not None:
             tiles += _dealt(config, m, tile)
     tiles = list(dict.fromkeys(tiles))
@@ -198,19 +205,15 @@ def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
     if tile.per_sm > 1 and tiles < 0.75 * blocks:
         return []  # fuller multiprocessors take longer than the parts would save
     if tiles <= blocks // 2:  # as many blocks for each tile, not so many that the sum takes long
-        counts = {min(blocks // tiles, most) for most in (4, 8)}
-        return [replace(tile, blocks=count * tiles) for count in sorted(counts)]
-    left = tiles % blocks
-    worth_sharing = 0 < left < 0.75 * blocks and tile.bands * tile.block_m < 256
-    return [alone, tile] if worth_sharing else [alone]
+        counts = {min(blocks // tiles, most) for most in (4, 8, 16)}
+        return [replace(tile, blocks=count * tiles) for count in sorted(counts)] + [tile]
+    return [alone, tile] if tiles % blocks else [alone]
 
 
 def _fitting(
     config: MatmulConfig,
     gpu: GPU,
     block_m: int,
-    bands: int,
-    consumers: int,
     stage_k: int,
     unroll: int,
     per_sm: int,
@@ -224,7 +227,7 @@ def _fitting(
     while stage_k >= least:
         for stages in range(16, 2 if stage_k > least else 1, -1):
             unroll = max(1, body_k // stage_k)
-            tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, per_sm=per_sm)
+            tile = Tile(block_m, 1, 2, stage_k, stages, unroll, blocks, per_sm=per_sm)
             if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
                 return tile
         stage_k //= 2
@@ -234,9 +237,10 @@ def _fitting(
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     """What a product should take, from counts of instructions and bytes.
 
-    The busiest block decides: its matrix instructions, its others and its reads overlap, but not
-    wholly (a p-norm of them); the ends of segments do not. The constants are a fit to 170
-    measurements of uint4 weights on an H200 (benchmarks/results/h200_batch_tiles.csv), 10 % off.
+    The busiest block decides: its matrix instructions, its others, what all blocks read of weights
+    for the first time and what they read of anything overlap, but not wholly (a p-norm of them);
+    the ends of segments do not. The constants are a fit to 640 measurements on an H200
+    (benchmarks/results/h200_batch_tiles.csv), 9 % off.
     """
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
@@ -248,20 +252,20 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     steps = (waves * bodies - (-shared * bodies // blocks)) * tile.body_k
     per_sm = -(-blocks // gpu.multiprocessors)
 
-    weights = tile.rows * per_sm / gpu.cycles_per_us  # of a value of k, in what a cycle does
-    matrix = weights * tile.block_m / 2048 / 0.89
-    instructions = weights * (_decoder(config).instructions_per_weight + 4.24) / 128
-    read = tile.rows * blocks * (config.bits + 0.25) / 8 / gpu.bytes_per_us
-    step = (matrix**2.76 + instructions**2.76 + read**2.76) ** (1 / 2.76)
+    # for a value of k, in microseconds
+    rows = tile.rows * per_sm / gpu.cycles_per_us
+    matrix = rows * tile.block_m / 2048 / 0.818
+    instructions = rows * (_decoder(config).instructions_per_weight + 3.62) / 128
+    weights = tile.rows * (config.bits + 0.25) / 8
+    read = blocks * weights / gpu.bytes_per_us / min(tiles_m, SWEEP)
+    cached = blocks * (weights + 2 * tile.block_m) / (2.06 * gpu.bytes_per_us)
+    step = sum(part**2.59 for part in (matrix, instructions, read, cached)) ** (1 / 2.59)
 
     registers = tile.bands * tile.block_m / 2  # of the accumulator
     even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
     segments = waves + (0 if not shared else 1 if even else 2)
-    summed = 0.0
-    if most > 1:
-        at_once = max(1, min(4, int(128 / registers) - 1))
-        summed = 1.77 + -(-(most - 1) // at_once) * (0.44 + 0.0295 * registers)
-    return 2.42 + steps * step + segments * 0.055 * registers + summed
+    summed = 3.23 + (most - 1) * 0.0127 * registers if most > 1 else 0.0
+    return 1.61 + steps * step + segments * 0.0064 * registers + summed
 
 
 def launches(
@@ -289,13 +293,16 @@ def launches(
     shared = shared_tiles(config, m, tile)
     whole = tiles_n * tiles_m - shared
     in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
-    slots = (2 * blocks, tile.consumers)
+    slots = (blocks, tile.consumers)
+    first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
     arguments = {
-        "A": tma_map(A, [tile.block_m, 64]),
+        "A": tma_map(A, [first, 64]),
+        "MORE": tma_map(A, [more, 64]) if more else None,
         "W": words_map(W, tile.bands * tile.consumers),
         "OUT": out,
-        "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
+        "OUT_MAP": results_map(out, [first, 64 * tile.bands]),
+        "MORE_MAP": results_map(out, [more, 64 * tile.bands]) if more else None,
         "SCALE": scale.view(torch.uint8) if scale is not None and scale.itemsize == 1 else scale,
         "ZEROS": zeros,
         "BIAS": bias,
@@ -311,7 +318,7 @@ def launches(
     }
     constants = {"P": _constants(config, tile, in_parts)}
     # registers of a thread before warps are told apart
-    options: dict[str, Any] = {"maxnreg": _THREADS[tile.consumers, tile.per_sm][1]}
+    options: dict[str, Any] = {"maxnreg": _REGISTERS[tile.per_sm]}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
     return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
@@ -339,9 +346,12 @@ class Constants(ConstantsBase):
     GROUP: int
     ALIGNED: bool
     BLOCK_M: int
-    MOST_PARTS: int
+    FIRST_M: int
+    MORE_M: int
     BANDS: int
     CONSUMERS: int
+    MOST_PARTS: int
+    TAG: int
     STAGES: int
     STAGE_K: int
     UNROLL: int
@@ -367,18 +377,14 @@ class Constants(ConstantsBase):
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
-    # parts whose loads are under way together: as many as registers take
-    PARTS_AT_ONCE = known(
-        lambda c: max(1, min(4, 2 * (c.REGISTERS - 64) // (c.BANDS * c.BLOCK_M) - 1))
-    )
+    PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
     EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
 def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
     """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
     are; the warps that load get what is left, up to 128, and consumers the rest of it."""
-    threads, each = _THREADS[tile.consumers, tile.per_sm]
-    total = threads // 128 * each
+    total = 3 * _REGISTERS[tile.per_sm]
     least = (56 if tile.per_sm == 1 else 40) if grouped else 24
     spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
     loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
@@ -408,9 +414,12 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,
-        MOST_PARTS=MOST_PARTS,
+        FIRST_M=tile.pieces[0],
+        MORE_M=tile.pieces[1],
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
+        MOST_PARTS=MOST_PARTS,
+        TAG=_TAG,
         STAGES=tile.stages,
         STAGE_K=tile.stage_k,
         UNROLL=tile.unroll,

@@ -6,7 +6,8 @@ words, two with what decoders take of scales and zero points; and CONSUMERS warp
 which decodes and multiplies its own rows of W. The decoding of one step of 64 k runs beside the
 matrix instructions of the one before, and of the other warpgroups.
 
-    tile     ROWS = 64 * BANDS * CONSUMERS rows of W by BLOCK_M rows of A
+    tile     ROWS = 64 * BANDS * CONSUMERS rows of W by BLOCK_M rows of A: these are a power of two,
+             FIRST_M, and MORE_M, a smaller one or 0, each with its own buffers and accumulators
     stage    STAGE_K values of k, what one fill of the ring holds
     body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that
              take their row operand from registers cannot be in flight over a loop's edge
@@ -15,9 +16,11 @@ matrix instructions of the one before, and of the other warpgroups.
 
 Tiles up to WHOLE are done whole, in turns. The others are shared: their bodies, in the order of
 tiles and k, are dealt out to all blocks in equal numbers, so what a block gets may be a part of a
-tile, or parts of two and whole ones between. Parts go to PARTS, a slot for a block's first segment
-and one for its last; who finds that all parts of a tile are there adds them, in the order of k.
-Nothing but who that is depends on which block is done first: equal calls give equal bits.
+tile, or parts of two and whole ones between. It begins with its last segment, which may lack the
+end of a tile: that part goes to PARTS, and its flag is raised. Who has a tile's last body adds the
+parts of the blocks before it, in their order, so that equal calls give equal bits; when it comes
+to that, they have mostly been there for long. Blocks wait for none but those of lower numbers,
+which have been started before.
 
 Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
     WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
@@ -85,6 +88,13 @@ def extras_layout(GROUPS, BANDS):
 
 
 @gluon.constexpr_function
+def accumulator_layout(COLUMNS):
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+    )
+
+
+@gluon.constexpr_function
 def preparing_layout(GROUPS, BANDS):
     """The same shape, rows across two warps."""
     registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
@@ -105,23 +115,24 @@ def share_of(shared, bodies, block):
 
 @gluon.jit
 def segments(tiles, whole, bodies):
-    """(whole tiles of this block, all of its segments, first and last body of its share)."""
+    """(segments of this block in shared tiles, all of its segments, first and last body of its
+    share)."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
     alone = (whole - block + blocks - 1) // blocks
     first, last = share_of(tiles - whole, bodies, block)
-    more = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
-    return alone, alone + more, first, last
+    shared = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
+    return shared, shared + alone, first, last
 
 
 @gluon.jit
-def segment(i, whole, bodies, alone, first, last):
-    """The i-th: (tile, first body, last body)."""
+def segment(i, whole, bodies, shared, first, last):
+    """The i-th: (tile, first body, last body). Those in shared tiles come first, in reverse."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
-    nth = first // bodies + (i - alone)
-    mine = i < alone
-    tile = gl.where(mine, block + i * blocks, whole + nth)
-    start = gl.where(mine, 0, gl.maximum(first - nth * bodies, 0))
-    end = gl.where(mine, bodies, gl.minimum(last - nth * bodies, bodies))
+    nth = (last - 1) // bodies - i
+    alone = i >= shared
+    tile = gl.where(alone, block + (i - shared) * blocks, whole + nth)
+    start = gl.where(alone, 0, gl.maximum(first - nth * bodies, 0))
+    end = gl.where(alone, bodies, gl.minimum(last - nth * bodies, bodies))
     return tile, start, end
 
 
@@ -148,24 +159,36 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
 
 
 @gluon.jit
-def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
+def load_rows(A, barrier, a_smem, buffer, row, stage, P: gl.constexpr):
     STEPS: gl.constexpr = P.STEPS
     for step in gl.static_range(STEPS):
-        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * A.block_type.shape[1]]
+        where = [row, (stage * P.STEPS + step) * A.block_type.shape[1]]
         tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
 
 
 @gluon.jit
+def load_activations(
+    A, MORE, barrier, a_smem, more_smem, buffer, tile_m, stage, P: gl.constexpr
+):  # fmt: skip
+    row = tile_m * P.BLOCK_M
+    load_rows(A, barrier, a_smem, buffer, row, stage, P)
+    if MORE is not None:
+        load_rows(MORE, barrier, more_smem, buffer, row + A.block_type.shape[0], stage, P)
+
+
+@gluon.jit
 def produce(
-    A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, whole, bodies, P: gl.constexpr
+    A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, whole, bodies,
+    P: gl.constexpr,
 ):  # fmt: skip
     """Fills the ring for all segments. Words of the first stages are on their way before what
     precedes this kernel is complete, A only after it."""
+    MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
     BYTES: gl.constexpr = (
-        P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * A.block_type.nbytes
+        P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
     )  # fmt: skip
-    alone, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
-    tile, start, end = segment(0, whole, bodies, alone, first, last)
+    shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
+    tile, start, end = segment(0, whole, bodies, shared, first, last)
     tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
     early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
     for i in range(early):
@@ -173,18 +196,20 @@ def produce(
         load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
     wait_for_previous_kernel()
     for i in range(early):
-        load_activations(A, ready.index(i), a_smem, i, tile_m, start * P.UNROLL + i, P)
+        load_activations(
+            A, MORE, ready.index(i), a_smem, more_smem, i, tile_m, start * P.UNROLL + i, P
+        )  # fmt: skip
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, first, last)
+        tile, start, end = segment(s, whole, bodies, shared, first, last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         for stage in range(start * P.UNROLL + gl.where(s == 0, early, 0), end * P.UNROLL):
             barrier = ready.index(buffer)
             mbarrier.wait(empty.index(buffer), phase)
             mbarrier.expect(barrier, BYTES)
             load_words(W, barrier, w_smem, buffer, tile_n, stage, P)
-            load_activations(A, barrier, a_smem, buffer, tile_m, stage, P)
+            load_activations(A, MORE, barrier, a_smem, more_smem, buffer, tile_m, stage, P)
             buffer += 1
             if buffer == P.STAGES:
                 buffer = 0
@@ -304,11 +329,11 @@ def prepare(
     RUN: gl.constexpr = P.RUN
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
     LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
-    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 1
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
         begin = start * P.UNROLL
@@ -464,155 +489,209 @@ def row_operand(o, FIRST: gl.constexpr, P: gl.constexpr, DOT: gl.constexpr):
 
 
 @gluon.jit
-def store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P: gl.constexpr):
-    """A consumer's rows of a tile, through shared memory, so that they are written along N."""
+def store_results(OUT, OUT_MAP, c_smem, acc, row, first_m, M, N):
+    """Results of a consumer's rows of W, from `row` on, and A's, from first_m on; by way of shared
+    memory, so that they are written along N."""
     if OUT_MAP is not None:
         tma.store_wait(0)
     thread_barrier()
     c_smem.permute((1, 0)).store(acc.to(OUT.dtype.element_ty))
     if OUT_MAP is not None:
         fence_async_shared()
-        tma_store(OUT_MAP, [tile_m * P.BLOCK_M, row], c_smem)
+        tma_store(OUT_MAP, [first_m, row], c_smem)
     else:
         thread_barrier()
-        PIECE: gl.constexpr = min(32, P.BLOCK_M)
+        PIECE: gl.constexpr = min(32, acc.shape[1])
         L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         m = gl.arange(0, PIECE, gl.SliceLayout(1, L)).expand_dims(1)
-        n = (row + gl.arange(0, 64 * P.BANDS, gl.SliceLayout(0, L))).expand_dims(0)
-        for piece in gl.static_range(P.BLOCK_M // PIECE):
-            first = tile_m * P.BLOCK_M + piece * PIECE
+        n = (row + gl.arange(0, acc.shape[0], gl.SliceLayout(0, L))).expand_dims(0)
+        for piece in gl.static_range(acc.shape[1] // PIECE):
+            first = first_m + piece * PIECE
             pointer = OUT + first.to(gl.int64) * N + (m * N + n)
             value = c_smem.slice(piece * PIECE, PIECE, 0).load(L)
             gl.store(pointer, value, mask=(first + m < M) & (n < N))
 
 
 @gluon.jit
-def fence(KIND: gl.constexpr):
-    """acq_rel: what this thread did and knows of comes before what it does next, to all threads of
-    the GPU. sc: and all such fences have one order."""
-    if KIND == "sc":
-        gl.inline_asm_elementwise(
-            "fence.sc.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )  # fmt: skip
-    else:
-        gl.inline_asm_elementwise(
-            "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+def fence():
+    """What this thread did and knows of comes before what it does next, to all threads of the
+    GPU."""
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
 
 
 @gluon.jit
-def part_slot(block, nth, shared, bodies):
-    """(slot of a block's part of the nth shared tile, whether it has one)."""
-    first, last = share_of(shared, bodies, block)
-    return 2 * block + gl.where(first // bodies == nth, 0, 1), first < last
+def by_threads(acc):
+    """An accumulator as [512 * registers / 4]: four of a thread's registers, which it can load and
+    store at once, then those of the next thread. Costs no instruction."""
+    x = acc.reshape([acc.shape[0] // 64, 4, 2, 8, acc.shape[1] // 8, 4, 2])
+    return x.permute([0, 4, 1, 3, 5, 2, 6]).reshape([acc.numel])
 
 
 @gluon.jit
-def sum_parts(
-    PARTS, FLAGS, acc, nth, shared, bodies, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr
-):  # fmt: skip
-    """Leaves acc as this block's part of a shared tile: (sum of all parts, whether they are there).
+def by_rows(x, like):
+    """The inverse of by_threads, shaped as `like`."""
+    x = x.reshape([like.shape[0] // 64, like.shape[1] // 8, 4, 8, 4, 2, 2])
+    x = x.permute([0, 2, 5, 3, 1, 4, 6]).reshape(like.shape)
+    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
 
-    A flag that is TAG says that its part is there; whoever adds the parts resets them. Flags are
-    written, then read, with a fence in between: of two that write at once, one sees both at least.
-    It may be that both do: then both store the same. Flags need no initial value but any other than
-    TAG, which memory that was something else holds by a chance of 2^-64 only.
-    """
-    ROWS: gl.constexpr = 64 * P.BANDS
-    TAG: gl.constexpr = 0x2545F4914F6CDD1D
-    blocks = gl.num_programs(0)
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, MMA)).expand_dims(1)
-    m = gl.arange(0, P.BLOCK_M, gl.SliceLayout(0, MMA)).expand_dims(0)
-    mine, _ = part_slot(gl.program_id(0), nth, shared, bodies)
-    part = (mine * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-    gl.store(PARTS + part + (n * P.BLOCK_M + m), acc)
+
+@gluon.jit
+def store_part(pointer, acc):
+    x = by_threads(acc)
+    gl.store(pointer + gl.arange(0, acc.numel, x.type.layout), x)
+
+
+@gluon.jit
+def send_part(PARTS, FLAGS, acc, more, WHO: gl.constexpr, P: gl.constexpr):
+    """Stores this block's part of a shared tile and raises its flag."""
+    slot = gl.program_id(0) * P.CONSUMERS + WHO
+    part = PARTS + slot.to(gl.int64) * P.PART
+    store_part(part, acc)
+    if P.MORE_M > 0:
+        store_part(part + acc.numel, more)
     thread_barrier()
-    fence("acq_rel")
-    gl.store(FLAGS + (mine * P.CONSUMERS + WHO), TAG)
-    thread_barrier()  # one thread writes the flag, others look at flags on its behalf
-    fence("sc")
-    # the blocks that have the tile's first and last body
-    units = shared * bodies
-    first = ((nth * bodies + 1) * blocks - 1) // units
-    last = ((nth * bodies + bodies) * blocks - 1) // units
-    # each flag is read by one thread, so that all threads come to the same conclusion
-    L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    fence()
+    gl.store(FLAGS + slot, P.TAG)
+
+
+@gluon.jit
+def add_parts(PARTS, FLAGS, acc, more, first, WHO: gl.constexpr, P: gl.constexpr):
+    """acc and more with the parts of the blocks from `first` to the one before this, once they are
+    there.
+
+    Flags need no initial value but any other than TAG, which memory that was something else holds
+    by a chance of 2^-64 only; here they are lowered again.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     block = first + gl.arange(0, P.MOST_PARTS, L)
-    slots, some = part_slot(block, nth, shared, bodies)
-    some = some & (block <= last)
-    where = FLAGS + (slots * P.CONSUMERS + WHO)
-    flag = gl.load(where, mask=some, other=TAG, volatile=True)
-    missing = gl.sum((flag != TAG).to(gl.int32), axis=0)
-    if missing == 0:
-        fence("acq_rel")
-        all_of_it = gl.full([ROWS, P.BLOCK_M], 1, gl.int1, MMA)
-        if last == first + 1:  # the sum of two, which has no order
-            other, _ = part_slot(first + last - gl.program_id(0), nth, shared, bodies)
-            part = (other * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-            acc += gl.load(PARTS + part + (n * P.BLOCK_M + m), cache_modifier=".cg")
-        else:
-            AT_ONCE: gl.constexpr = P.PARTS_AT_ONCE
-            acc = gl.zeros([ROWS, P.BLOCK_M], gl.float32, MMA)
-            for b in range(first, last + 1, AT_ONCE):
-                for i in gl.static_range(AT_ONCE):
-                    slot, some_b = part_slot(b + i, nth, shared, bodies)
-                    part = (slot * P.CONSUMERS + WHO).to(gl.int64) * (ROWS * P.BLOCK_M)
-                    acc += gl.load(
-                        PARTS + part + (n * P.BLOCK_M + m),
-                        mask=all_of_it & some_b & (b + i <= last), other=0.0,
-                        cache_modifier=".cg",
-                    )  # fmt: skip
-        gl.store(where, gl.zeros([P.MOST_PARTS], gl.int64, L), mask=some)
-    return acc, missing == 0
+    some = block < gl.program_id(0)
+    where = FLAGS + (block * P.CONSUMERS + WHO)
+    missing = 1
+    while missing != 0:
+        flag = gl.load(where, mask=some, other=P.TAG, volatile=True)
+        missing = gl.sum((flag != P.TAG).to(gl.int32), axis=0)
+    fence()
+    gl.store(where, gl.zeros([P.MOST_PARTS], gl.int64, L), mask=some)
+    part = PARTS + WHO * P.PART
+    # of loads that are under way, a few registers where accumulators take most
+    PIECE: gl.constexpr = 8192 if P.PART <= 8192 else 4096
+    x = with_parts(by_threads(acc), part, P.CONSUMERS * P.PART, first, gl.program_id(0), PIECE)
+    acc = by_rows(x, acc)
+    if P.MORE_M > 0:
+        part += acc.numel
+        x = with_parts(
+            by_threads(more), part, P.CONSUMERS * P.PART, first, gl.program_id(0), PIECE
+        )  # fmt: skip
+        more = by_rows(x, more)
+    return acc, more
+
+
+@gluon.jit
+def with_parts(x, pointer, STRIDE: gl.constexpr, first, last, PIECE: gl.constexpr):
+    """x plus what lies at pointer + STRIDE * block, for blocks in order: of at most PIECE values at
+    a time, for which PIECE / 128 of a thread's registers are being loaded."""
+    COUNT: gl.constexpr = x.shape[0]
+    if COUNT > PIECE:
+        low, high = gl.split(x.reshape([2, COUNT // 2]).permute([1, 0]))
+        low = with_parts(low, pointer, STRIDE, first, last, PIECE)
+        high = with_parts(high, pointer + COUNT // 2, STRIDE, first, last, PIECE)
+        return gl.join(low, high).permute([1, 0]).reshape([COUNT])
+    else:
+        each = gl.arange(0, COUNT, x.type.layout)
+        for block in range(first, last, PIECE // COUNT):
+            part = pointer + gl.to_tensor(block).to(gl.int64) * STRIDE
+            for i in gl.static_range(PIECE // COUNT):
+                mask = each + (block + i - last) * COUNT < 0  # whether there is such a block
+                x += gl.load(
+                    part + i * STRIDE + each, mask=mask, other=0.0, cache_modifier=".cg"
+                )  # fmt: skip
+        return x
+
+
+@gluon.jit
+def wait_for_products(UNDER_WAY: gl.constexpr, acc, more, P: gl.constexpr):
+    """Until no more than so many matrix instructions are under way."""
+    if P.MORE_M > 0:
+        return warpgroup_mma_wait(UNDER_WAY, deps=(acc, more))
+    else:
+        return warpgroup_mma_wait(UNDER_WAY, deps=(acc,)), more
+
+
+@gluon.jit
+def of_rows(x, acc):
+    """What W's rows have one of each, [64 * BANDS], for an accumulator."""
+    x = gl.convert_layout(x, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
+    return x.expand_dims(1)
 
 
 @gluon.jit
 def finish_segment(
-    OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m, nth, complete,
-    shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr, MMA: gl.constexpr,
+    OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, more_c_smem, acc, more,
+    row, tile_m, from_start, to_end, nth, shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Stores a consumer's rows of a tile, or its part of their sum; nth: of the shared tiles."""
-    n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, MMA))
+    """Stores a consumer's rows of a tile, or its part of their sum. from_start, to_end: whether the
+    segment has the tile's first and last body; nth: of the shared tiles."""
+    n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, acc.type.layout))
     if SCALE is not None and not P.SCALED:
         scale = decode_scale(gl.load(SCALE + (row + n), mask=row + n < N, other=0), P.SCALE_KIND)
-        acc = acc * (scale * P.UNIT).expand_dims(1)
+        scale = scale * P.UNIT
+        acc = acc * of_rows(scale, acc)
+        more = more * of_rows(scale, more)
     elif P.UNIT != 1:
         acc = acc * P.UNIT
+        more = more * P.UNIT
     if P.SHARED:
-        if not complete:
-            acc, complete = sum_parts(PARTS, FLAGS, acc, nth, shared, bodies, WHO, P, MMA)
-    if complete:
+        if not from_start and to_end:
+            first = ((nth * bodies + 1) * gl.num_programs(0) - 1) // (shared * bodies)
+            acc, more = add_parts(PARTS, FLAGS, acc, more, first, WHO, P)
+        if not to_end:
+            send_part(PARTS, FLAGS, acc, more, WHO, P)
+    if to_end:
         if GLOBAL_SCALE is not None:
-            acc = acc * gl.load(GLOBAL_SCALE)
+            factor = gl.load(GLOBAL_SCALE)
+            acc = acc * factor
+            more = more * factor
         if BIAS is not None:
             bias = gl.load(BIAS + (row + n), mask=row + n < N, other=0).to(gl.float32)
-            acc = acc + bias.expand_dims(1)
-        store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m, M, N, P)
+            acc = acc + of_rows(bias, acc)
+            more = more + of_rows(bias, more)
+        store_results(OUT, OUT_MAP, c_smem, acc, row, tile_m * P.BLOCK_M, M, N)
+        if P.MORE_M > 0:
+            first_m = tile_m * P.BLOCK_M + P.FIRST_M
+            store_results(OUT, MORE_MAP, more_c_smem, more, row, first_m, M, N)
 
 
 @gluon.jit
 def consume(
-    OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem, e_smem, c_smem,
-    ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies, WHO: gl.constexpr, P: gl.constexpr,
+    OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
+    w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies,
+    WHO: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, P.BLOCK_M, 16]
-    )  # fmt: skip
+    MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    # of no columns would be 8 that nothing uses
+    MORE_M: gl.constexpr = P.MORE_M if P.MORE_M > 0 else 8
+    MORE_MMA: gl.constexpr = accumulator_layout(MORE_M)
+    MORE_DOT: gl.constexpr = gl.DotOperandLayout(0, MORE_MMA, 2)
+    # matrix instructions of a step that are waited for together
+    EACH: gl.constexpr = 2 if P.MORE_M > 0 else 1
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.BODY_UNITS
     HALVES: gl.constexpr = P.UNIT_K // 64
-    alone, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
     phase = 0
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, alone, share_first, share_last)
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         if P.GROUP == 0:
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
-        acc = gl.zeros([64 * P.BANDS, P.BLOCK_M], gl.float32, MMA)
+        acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
+        more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
         for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
@@ -636,10 +715,14 @@ def consume(
                     a = row_operand(o, 4 * half, P, DOT)
                     step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
                     acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
+                    if P.MORE_M > 0:
+                        a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
+                        b = more_smem.index(step).permute((1, 0))
+                        more = warpgroup_mma(a, b, more, is_async=True)
                     if unit == UNITS - 1 and half == HALVES - 1:
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                        acc, more = wait_for_products(0, acc, more, P)
                     elif unit + half > 0:
-                        acc = warpgroup_mma_wait(1, deps=(acc,))
+                        acc, more = wait_for_products(EACH, acc, more, P)
                     if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
                         # the words were read through another proxy than TMA writes by
                         fence_async_shared()
@@ -655,10 +738,10 @@ def consume(
                         phase ^= 1
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
-        complete = (start == 0) & (end == bodies)
         finish_segment(
-            OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, acc, row, tile_m,
-            tile - whole, complete, tiles_n * tiles_m - whole, bodies, M, N, WHO, P, MMA,
+            OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, more_c_smem,
+            acc, more, row, tile_m, start == 0, end == bodies, tile - whole,
+            tiles_n * tiles_m - whole, bodies, M, N, WHO, P,
         )  # fmt: skip
     if OUT_MAP is not None:
         tma.store_wait(0)
@@ -666,18 +749,23 @@ def consume(
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
 def batch_kernel(
-    A, W, OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, M, N, K, G, WHOLE, EARLY,
-    P: gl.constexpr,
+    A, MORE, W, OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, M, N, K, G,
+    WHOLE, EARLY, P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N]. Grid: any number of blocks, at most one on a multiprocessor.
 
-    A: a TMA map of (M, K), [BLOCK_M, 64] at a time; W: of the words as (row tiles of the layout,
-    chunks along K * 4, 128). OUT_MAP: of OUT, where TMA can write it. WHOLE: tiles that are done by
-    one block each. EARLY: whether the weights may be read before the previous kernel in the stream
-    is complete. P: batch.Constants.
+    A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; W: of the words
+    as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP, MORE_MAP: of OUT, where TMA can
+    write it. WHOLE: tiles that are done by one block each. EARLY: whether the weights may be read
+    before the previous kernel in the stream is complete. P: batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
-    a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.BLOCK_M, 64], A.layout)
+    a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.FIRST_M, 64], A.layout)
+    more_smem = a_smem
+    if MORE is not None:
+        more_smem = gl.allocate_shared_memory(
+            A.dtype, [P.STAGES * P.STEPS, P.MORE_M, 64], MORE.layout
+        )  # fmt: skip
     w_smem = gl.allocate_shared_memory(
         gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
     )  # fmt: skip
@@ -687,9 +775,15 @@ def batch_kernel(
         gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
-        OUT.dtype.element_ty, [P.CONSUMERS, P.BLOCK_M, ROWS],
-        gl.NVMMASharedLayout.get_default_for([P.BLOCK_M, ROWS], OUT.dtype.element_ty),
+        OUT.dtype.element_ty, [P.CONSUMERS, P.FIRST_M, ROWS],
+        gl.NVMMASharedLayout.get_default_for([P.FIRST_M, ROWS], OUT.dtype.element_ty),
     )  # fmt: skip
+    more_c_smem = c_smem
+    if MORE is not None:
+        more_c_smem = gl.allocate_shared_memory(
+            OUT.dtype.element_ty, [P.CONSUMERS, P.MORE_M, ROWS],
+            gl.NVMMASharedLayout.get_default_for([P.MORE_M, ROWS], OUT.dtype.element_ty),
+        )  # fmt: skip
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = P.STAGES
@@ -709,95 +803,41 @@ def batch_kernel(
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
-    if P.CONSUMERS == 2 and P.EXTRAS > 0:
+    if P.EXTRAS > 0:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 0, P,
+                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
+                more_smem, w_smem, e_smem, c_smem.index(0), more_c_smem.index(0), ready, empty,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 1, P,
+                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
+                more_smem, w_smem, e_smem, c_smem.index(1), more_c_smem.index(1), ready, empty,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+                A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE,
+                bodies, P,
             )),
             (prepare, (
                 SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
                 bodies, P,
             )),
         ], [4, 1, 2], [R, L, L])  # fmt: skip
-    elif P.CONSUMERS == 2:
-        gl.warp_specialize([
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 0, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 1, P,
-            )),
-            (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
-            )),
-        ], [4, 1], [R, L])  # fmt: skip
-    elif P.EXTRAS > 0:
-        gl.warp_specialize([
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 0, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 1, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 2, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 3, P,
-            )),
-            (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
-            )),
-            (prepare, (
-                SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, P,
-            )),
-        ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(0), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 0, P,
+                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
+                more_smem, w_smem, e_smem, c_smem.index(0), more_c_smem.index(0), ready, empty,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
             )),
             (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(1), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 1, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(2), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 2, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, w_smem,
-                e_smem, c_smem.index(3), ready, empty, M, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, 3, P,
+                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
+                more_smem, w_smem, e_smem, c_smem.index(1), more_c_smem.index(1), ready, empty,
+                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
             )),
             (produce, (
-                A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies, P,
+                A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE,
+                bodies, P,
             )),
-        ], [4, 4, 4, 1], [R, R, R, L])  # fmt: skip
+        ], [4, 1], [R, L])  # fmt: skip

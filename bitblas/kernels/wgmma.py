@@ -33,11 +33,10 @@ class WgmmaTile:
 
 
 def bucket(m: int, least: int) -> int:
-    """m that share their tiles: up to 256 powers of two, from `least`; above, within a quarter."""
-    if m <= 256:
-        return max(least, 1 << (m - 1).bit_length())
-    step = 1 << ((m - 1).bit_length() - 3)
-    return -(-m // step) * step
+    """m that share their tiles, from `least` up: multiples of 32 up to 192, of 64 up to 512, above
+    of a quarter of the power of two below."""
+    step = 32 if m <= 192 else max(64, 1 << ((m - 1).bit_length() - 3))
+    return max(least, -(-m // step) * step)
 
 
 def tma_map(x: torch.Tensor, block: list[int]) -> Any:
