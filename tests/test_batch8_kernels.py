@@ -156,7 +156,7 @@ def test_planned_tiles_stay_in_registers_and_use_wgmma(w, zeros, m, fields):
     assert matrix > 0
 
 
-@pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 256, 4096, 100_000])
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 90, 150, 256, 300, 4096, 100_000])
 def test_candidates_fit_and_are_all_different(m):
     kinds = [("int8", w, out) for w in DECODED for out in ("int8", "float16")]
     kinds += [("e4m3_float8", w, out) for w in FLOATS for out in ("float16", "float32")]

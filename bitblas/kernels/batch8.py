@@ -230,12 +230,17 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
 
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m."""
-    return bucket(measured, _LEAST_ROWS) == bucket(m, _LEAST_ROWS)
+    return _bucket(measured) == _bucket(m)
+
+
+def _bucket(m: int) -> int:
+    """m that share their tiles: up to 256 powers of two, as tiles have rows of A."""
+    return max(_LEAST_ROWS, 1 << (m - 1).bit_length()) if m <= 256 else bucket(m, _LEAST_ROWS)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
     """Tiles worth measuring for m rows, the one that should be the fastest first."""
-    return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
+    return list(_candidates(config, _bucket(m), gpu or GPU()))
 
 
 # block_m, bands, consumers, values of k in a stage, turns, split, blocks on a multiprocessor

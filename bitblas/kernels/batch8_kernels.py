@@ -362,7 +362,7 @@ def finish(
         factor = gl.load(INPUT_SCALE + token, mask=token < M, other=0)
         result = result * factor.expand_dims(0)
     result = with_bias(BIAS, result, n, N, OUT.dtype.element_ty)
-    store_results(OUT, OUT_MAP, c_smem, result, row, tile_m, M, N, P)
+    store_results(OUT, OUT_MAP, c_smem, result, row, tile_m * P.BLOCK_M, M, N)
 
 
 @gluon.jit
