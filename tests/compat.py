@@ -237,9 +237,9 @@ def meta(shape: Any, dtype: torch.dtype) -> torch.Tensor:
 def most_local_bytes(family: str) -> int:
     """Of stack and spilled registers. Large-m tiles of the portable family can fill all registers:
     up to 80 bytes then pass through memory, in a dozen of some thousand instructions. Decode tiles
-    are chosen so that they fit; a few miss it by 2 to 16 words. Of the batch family the warps that
-    prepare scales keep what does not change in memory."""
-    return {"portable": 96, "decode": 64, "batch": 96}.get(family, 0)
+    are chosen so that they fit; a few miss it by 2 to 16 words. In the batch families the warps
+    that prepare scales keep what does not change in memory."""
+    return {"portable": 96, "decode": 64, "batch": 96, "batch8": 96}.get(family, 0)
 
 
 def examine(case: Case | Rows) -> list[Finding]:

@@ -75,9 +75,9 @@ def drawn_config(rng: random.Random, a: str, w: str, zeros: str | None):
 def drawn_tile(rng: random.Random, config) -> Tile:
     """Any tile of the planned shapes, with any number of stages and blocks."""
     tile = rng.choice(batch8.candidates(config, rng.choice((1, 30, 60, 100, 4000))))
-    return replace(
-        tile, stages=rng.randint(2, tile.stages), blocks=rng.choice((1, 3, 11, 70, 264))
-    )  # fmt: skip
+    turns = max(1, 2 // tile.split)  # a ring has stages for all warpgroups that share rows
+    stages = tile.split * rng.randint(turns, tile.stages // tile.split)
+    return replace(tile, stages=stages, blocks=rng.choice((1, 3, 11, 70, 264)))
 
 
 @pytest.mark.parametrize(("a", "w", "zeros"), COMBINATIONS)
@@ -111,6 +111,12 @@ UNALIKE = [
     (dict(w="int4", K=4096, group_size=128), 100, Tile(128, 1, 2, 128, 5, 1, 132)),
     (dict(w="uint4", zeros="original", K=4096, group_size=256), 40, Tile(64, 1, 1, 256, 3, 1, 30)),
     (dict(w="int2", K=4096), 1, Tile(16, 1, 1, 512, 3, 1, 40)),
+    (dict(w="int2", K=4096), 5, Tile(8, 1, 1, 256, 8, 1, 40, split=4)),
+    (
+        dict(w="uint4", zeros="original", K=4096, group_size=128),
+        60,
+        Tile(64, 1, 1, 256, 4, 1, 9, 2),
+    ),
     (dict(a="e4m3_float8", w="int4", K=4096, group_size=128), 70, None),
     (dict(a="e4m3_float8", w="e4m3_float8", K=2064), 200, Tile(128, 1, 2, 128, 5, 2, 21)),
     (dict(w="uint8", zeros="quantized", K=2064), 300, Tile(128, 1, 2, 128, 3, 2, 11)),

@@ -156,13 +156,16 @@ def test_planned_tiles_stay_in_registers_and_use_wgmma(w, zeros, m, fields):
     assert matrix > 0
 
 
-@pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 256, 4096, 100_000])
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 90, 150, 256, 300, 4096, 100_000])
 def test_candidates_fit_and_are_all_different(m):
-    for w, (n, k) in itertools.product(DECODED, ((4096, 4096), (16, 65536), (128256, 16384))):
-        config = make_config(w, N=n, K=k)
+    kinds = [("int8", w, out) for w in DECODED for out in ("int8", "float16")]
+    kinds += [("e4m3_float8", w, out) for w in FLOATS for out in ("float16", "float32")]
+    sizes = ((4096, 4096, -1), (16, 65536, -1), (128256, 16384, 256))
+    for (a, w, out), (n, k, group) in itertools.product(kinds, sizes):
+        config = make_config(w, a=a, N=n, K=k, group_size=group, out_dtype=out)
         tiles = batch8.candidates(config, m)
         assert tiles and len(set(tiles)) == len(tiles)
         for tile in tiles:
             assert batch8.shared_bytes(config, tile) <= batch8.SHARED_BYTES
-            assert tile.stage_k % 128 == 0
+            assert tile.stage_k % 128 == 0 and tile.stages % tile.split == 0
             assert tile.stage_k % FRAGMENT_8.block_k(config.bits) == 0

@@ -107,6 +107,11 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return result
 
 
+def _absolute_differences(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    bytes_of = [np.ascontiguousarray(x).view(np.uint8).astype(np.int16) for x in (a, b)]
+    return np.abs(bytes_of[0] - bytes_of[1]).astype(np.uint8).view(np.uint32) + c
+
+
 def halves(register: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """float64 [..., 2] of packed 16-bit values, low half first."""
     words = torch.from_numpy(np.ascontiguousarray(register).view(np.int32))
@@ -144,6 +149,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "sub.u32": lambda a, b: a - b,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
+    "vabsdiff4.u32.u32.u32": _absolute_differences,
     "sub.rn.f32": _subtract_floats,
     "cvt.rn.bf16x2.f32": _pack_bfloat16,
 }

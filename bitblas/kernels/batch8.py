@@ -27,20 +27,37 @@ from .wgmma import (
     known,
     results_map,
     tma_map,
-    words_map,
 )
 
 KERNELS = ("batch8",)
 _MOST_K = 1 << 17  # sums of products of two bytes fit 32 bits
 _MOST_GROUP = 8192
-_LEAST_ROWS = 16  # of A that a tile has
+_LEAST_ROWS = 8  # of A that a tile has
+# (warpgroups that multiply, blocks on a multiprocessor) -> threads of a block, registers of each
+_THREADS = {
+    (1, 1): (256, 128),
+    (1, 2): (256, 128),
+    (2, 1): (384, 168),
+    (2, 2): (384, 80),
+    (4, 1): (640, 96),
+}
 
 
 @dataclass(frozen=True)
 class Tile(WgmmaTile):
-    """How a product is cut up; batch_kernels explains the terms. stage_k is a multiple of 128."""
+    """How a product is cut up; batch_kernels and batch8_kernels explain the terms.
 
+    stage_k: a multiple of 128. unroll: stages of a body that one warpgroup takes. consumers:
+    warpgroups with rows of their own, split: those that share them.
+    """
+
+    split: int = 1
+    per_sm: int = 1
     kernel: str = "batch8"
+
+    @property
+    def body_k(self) -> int:
+        return self.stage_k * self.unroll * self.split
 
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
@@ -145,23 +162,21 @@ def float_decoder(fmt: WeightFormat) -> ByteDecoder | None:
         kind = "shl.b32" if left >= 0 else "shr.u32"
         return f"{kind} {target}, {word}, {abs(left)};"
 
-    lines = ["{ .reg .b32 t, s, p, m;"]
+    lines = ["{ .reg .b32 t, s, zero, middle;"]
+    lines.append(f"mov.b32 zero, 0; mov.b32 middle, {half * 0x01010101:#x};")
     for r in range(count):
         word, at = f"${count + r // per}", r % per * bits
+        lines.append(move("s", word, 8 - bits - at))  # sign bits to the top
         if signed:
-            field, middle = (1 << bits) - 1, half * 0x01010101
+            field = ((1 << bits) - 1) * 0x01010101
             lines += [
                 move("t", word, -at),
-                f"and.b32 t, t, {field * 0x01010101:#x};",
-                f"sub.u32 s, {0x80808080 + middle:#x}, t;",  # of negative values
-                f"xor.b32 p, t, {middle:#x};",  # of the others
-                move("m", "t", 8 - bits),
-                "prmt.b32 m, m, m, 0xba98;",  # all ones for those
-                f"lop3.b32 ${r}, m, p, s, 0xca;",
+                f"and.b32 t, t, {field:#x};",
+                "vabsdiff4.u32.u32.u32 t, t, middle, zero;",
+                f"lop3.b32 ${r}, t, s, 0x80808080, 0xf2;",  # t | ~s & 0x80808080
             ]
         else:
             lines += [
-                move("s", word, 4 - at),
                 move("t", word, 2 - at),
                 "and.b32 t, t, 0x1c1c1c1c;",
                 f"lop3.b32 ${r}, s, 0x80808080, t, 0xea;",
@@ -192,41 +207,65 @@ def _needs_sums(config: MatmulConfig) -> bool:
     return config.with_zeros or (decoder is not None and decoder.shift != 0)
 
 
+def _extras(config: MatmulConfig) -> int:
+    """How many values for each row and group come by way of the ring."""
+    return (2 if _needs_sums(config) else 1) if group_of(config) else 0
+
+
+def _stage_groups(config: MatmulConfig, tile: Tile) -> int:
+    group = group_of(config)
+    return max(1, tile.stage_k // group) if group else 1
+
+
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
-    """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
+    """Shared memory of a block: the ring, the results on their way out, the sums of warpgroups that
+    share rows, and a bit of scratch."""
+    extras, groups = _extras(config), _stage_groups(config, tile)
     stage = tile.stage_k * (tile.block_m + tile.rows * config.bits // 8)
+    stage += 4 * groups * (extras * tile.rows + (tile.block_m if extras > 1 else 0))
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
-    return tile.stages * (stage + 16) + out + 1024
+    parts = 4 * tile.block_m * tile.rows * (tile.split - 1)
+    return tile.stages * (stage + 16) + out + parts + 1024
 
 
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m."""
-    return bucket(measured, _LEAST_ROWS) == bucket(m, _LEAST_ROWS)
+    return _bucket(measured) == _bucket(m)
+
+
+def _bucket(m: int) -> int:
+    """m that share their tiles: up to 256 powers of two, as tiles have rows of A."""
+    return max(_LEAST_ROWS, 1 << (m - 1).bit_length()) if m <= 256 else bucket(m, _LEAST_ROWS)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
     """Tiles worth measuring for m rows, the one that should be the fastest first."""
-    return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
+    return list(_candidates(config, _bucket(m), gpu or GPU()))
 
 
-# block_m, bands, consumers, values of k in a stage, stages that are unrolled
+# block_m, bands, consumers, values of k in a stage, turns, split, blocks on a multiprocessor
 _SHAPES = {
-    16: ((16, 1, 1, 512, 1), (16, 1, 2, 256, 2), (16, 1, 1, 256, 2)),
-    32: ((32, 1, 1, 512, 1), (32, 1, 2, 256, 2), (32, 1, 1, 256, 2)),
-    64: ((64, 1, 1, 256, 1), (64, 1, 2, 256, 2), (64, 1, 2, 256, 1)),
-    128: ((128, 1, 2, 128, 2), (128, 2, 2, 128, 1), (128, 1, 1, 128, 2), (64, 2, 2, 128, 2)),
-    256: ((256, 1, 2, 128, 1), (128, 2, 2, 128, 1), (128, 1, 2, 128, 2), (64, 2, 2, 128, 2)),
-}
+    8: ((8, 1, 1, 1024, 1, 4, 1), (8, 1, 1, 512, 1, 4, 1), (8, 1, 1, 256, 1, 2, 2)),
+    16: ((16, 1, 1, 128, 2, 4, 1), (16, 1, 1, 256, 1, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
+    32: ((32, 1, 1, 256, 1, 4, 1), (32, 1, 1, 256, 1, 2, 1)),
+    64: ((64, 1, 1, 256, 1, 2, 1), (64, 1, 2, 128, 1, 2, 1), (64, 1, 2, 256, 1, 1, 1)),
+    128: ((128, 1, 1, 128, 2, 2, 1), (128, 1, 2, 128, 2, 1, 1), (64, 1, 1, 256, 1, 2, 1),
+          (64, 1, 2, 128, 1, 1, 1)),
+    256: ((256, 1, 2, 128, 1, 1, 1), (128, 2, 2, 128, 1, 1, 1), (128, 1, 2, 128, 2, 1, 1),
+          (64, 1, 2, 128, 1, 1, 1)),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     tiles = []
-    for shape in _SHAPES[min(m, 256)]:
-        if _fits_registers(config, shape[0], shape[1]):
-            # two small blocks can share a multiprocessor
-            for each in (1, 2) if shape[2] == 1 else (1,):
-                tiles.append(_fitting(config, gpu, each, *shape))
+    for block_m, bands, consumers, stage_k, turns, split, per_sm in _SHAPES[min(m, 256)]:
+        if _fits_registers(config, block_m, bands):
+            if _promoted(config) and block_m > 64:  # sums of two turns would not fit registers
+                turns = 1
+            tiles.append(
+                _fitting(config, gpu, block_m, bands, consumers, stage_k, turns, split, per_sm)
+            )
     found = dict.fromkeys(tile for tile in tiles if tile is not None)
     return tuple(sorted(found, key=lambda tile: microseconds(config, m, tile, gpu)))
 
@@ -237,30 +276,26 @@ def _promoted(config: MatmulConfig) -> bool:
 
 
 def _fits_registers(config: MatmulConfig, block_m: int, bands: int) -> bool:
-    """Promoted sums take as many registers again, those of A's rows a few for each column."""
+    """Promoted sums take up to as many registers again, sums of A's rows a few for each column."""
+    sums = _needs_sums(config)
+    if group_of(config) and sums:
+        return block_m <= 64 and bands * block_m <= 128
     if _promoted(config):
-        return bands * block_m <= 128 and block_m <= (64 if _needs_sums(config) else 128)
-    return block_m <= (128 if _needs_sums(config) else 256)
+        return bands * block_m <= 128 or bands == 1
+    return block_m <= (128 if sums else 256)
 
 
 def _fitting(
-    config: MatmulConfig, gpu: GPU, each: int, block_m: int, bands: int, consumers: int,
-    stage_k: int, unroll: int,
+    config: MatmulConfig, gpu: GPU, block_m: int, bands: int, consumers: int, stage_k: int,
+    unroll: int, split: int, per_sm: int,
 ) -> Tile | None:  # fmt: skip
-    """The tile with as many stages as shared memory allows; None where those are too few.
-
-    each: blocks on a multiprocessor.
-    """
-    most = group_of(config)
-    if config.A_dtype != "int8":  # short sums, for the matrix units round them
-        most = 128
-    if most:
-        stage_k, unroll = min(stage_k * unroll, most), 1
+    """The tile with as many stages as shared memory allows; None where those are too few."""
     stage_k = max(stage_k, FRAGMENT_8.block_k(config.bits))
-    blocks = each * gpu.multiprocessors
-    for stages in range(16, 1, -1):
-        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks)
-        if shared_bytes(config, tile) <= SHARED_BYTES // each - (each - 1) * 1024:
+    blocks = per_sm * gpu.multiprocessors
+    least = max(3, 2 * split)  # a warpgroup's next stage arrives while it works on one
+    for stages in range(16 // split * split, least - 1, -split):
+        tile = Tile(block_m, bands, consumers, stage_k, stages, unroll, blocks, split, per_sm)
+        if shared_bytes(config, tile) <= SHARED_BYTES // per_sm - (per_sm - 1) * 1024:
             return tile
     return None
 
@@ -271,23 +306,30 @@ def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> int:
 
 
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
-    """What a product should take, from counts of matrix instructions and bytes.
+    """What a product should take, from what 64 values of k cost a block.
 
-    Measured on an H200, N = K = 8192: a multiprocessor takes in 48 bytes a cycle (m = 64, int2 to
-    int8), and its matrix units sustain 0.93 of their peak (m = 4096).
+    That is the matrix instructions, the chain of waits and decoding that a warpgroup goes through,
+    and the bytes that arrive, which overlap, but not wholly (a p-norm of them). The constants are
+    a fit to 136 measurements on an H200 (benchmarks/results/h200_batch8_tiles.csv), 10 % off.
     """
     tiles = tiles_of(config, m, tile)
     blocks = min(tile.blocks, tiles)
-    bodies = -(-tiles // blocks) * -(-config.K // tile.body_k)
-    weights = tile.rows * tile.body_k
-    traffic = (tile.body_k * min(tile.block_m, m) + weights * config.bits / 8) / 48
-    cycles = weights * tile.block_m / 4096 / 0.93
+    waves = -(-tiles // blocks)
+    together = -(-blocks // gpu.multiprocessors)
+    halves = waves * -(-config.K // tile.body_k) * tile.body_k / 64
+    integers = config.A_dtype == "int8"
+    sums = tile.bands * tile.block_m / 2  # registers
+    chain = 157.0 if integers or config.bits == 8 else 157 + 79 * tile.bands
     if _promoted(config):
-        cycles += tile.rows * tile.block_m * (0.02 if config.A_dtype == "int8" else 0.01)
-    # of two that multiply as fast, the one that reads less; blocks on one multiprocessor take turns
-    cycles = (max(cycles, traffic) + 0.02 * traffic) * -(-blocks // gpu.multiprocessors)
-    read = (config.N * config.K * config.bits / 8 + m * config.K) / gpu.bytes_per_us
-    return 3.0 + max(bodies * cycles / gpu.cycles_per_us, read)
+        chain += sums * (2.5 if integers else 1.5)
+    if group_of(config) and _needs_sums(config):
+        chain += sums * 5
+    matrix = tile.rows * tile.block_m * together / (73 if integers else 68)
+    traffic = (64 * tile.block_m + 8 * tile.rows * config.bits) * together / 116
+    step = (matrix**1.8 + (chain / tile.split) ** 1.8 + traffic**1.8) ** (1 / 1.8)
+    read = config.N * config.K * config.bits / 8 / (0.85 * gpu.bytes_per_us)
+    work = ((halves * step / gpu.cycles_per_us) ** 6 + read**6) ** (1 / 6)
+    return 2.5 + work + 0.022 * waves * sums
 
 
 def launches(
@@ -316,7 +358,7 @@ def launches(
     steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
     arguments = {
         "A": tma_map(A, [tile.block_m, 128]),
-        "W": words_map(W, tile.bands * tile.consumers),
+        "W": _words_map(config, W, tile),
         "OUT": out,
         "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
         "SCALE": scale,
@@ -332,10 +374,20 @@ def launches(
     }
     constants = {"P": _constants(config, tile)}
     # registers of a thread before warps are told apart: a block's threads share all of them
-    options = {**pdl, "maxnreg": {1: 128, 2: 168}[tile.consumers]}
+    options = {**pdl, "maxnreg": _THREADS[tile.consumers * tile.split, tile.per_sm][1]}
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
     steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
     return steps
+
+
+def _words_map(config: MatmulConfig, W: torch.Tensor, tile: Tile) -> Any:
+    """A stage of a packed weight at a time: (row tiles of the layout, chunks along K * 4, 128)."""
+    from .versions import TensorDescriptor, gl
+
+    words = W.view(torch.int32).view(W.shape[0], -1, 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    box = [tile.bands * tile.consumers, tile.stage_k * config.bits // 64, 128]
+    return TensorDescriptor.from_tensor(words, box, layout)
 
 
 def _row_sums(
@@ -370,23 +422,60 @@ class Constants(ConstantsBase):
     BLOCK_M: int
     BANDS: int
     CONSUMERS: int
+    SPLIT: int
     STAGES: int
     STAGE_K: int
-    UNROLL: int
+    TURNS: int
+    PROMOTE_HALVES: int
+    PIECE_M: int
+    PIECES: int
+    TWO_SUMS: bool
+    EXTRAS: int
+    STAGE_GROUPS: int
+    RUN: int
+    ALIGNED: bool
     SWEEP: int
+    REGISTERS: int
+    LOADING_REGISTERS: int
 
-    BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
+    UNROLL = known(lambda c: c.TURNS * c.SPLIT)
+    BODY_K = known(lambda c: c.STAGE_K * c.TURNS * c.SPLIT)
     STEPS = known(lambda c: c.STAGE_K // 128)
     STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
-    BODY_HALVES = known(lambda c: c.STAGE_K * c.UNROLL // 64)
+    RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     DECODED = known(lambda c: max(1, 4 // c.WIDTH))
     STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
 
 
+def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
+    """Of threads: what a consumer's sums and operands take and 48 more, as far as there are; the
+    warps that load get what is left, up to 128, and consumers the rest of it."""
+    groups = tile.consumers * tile.split
+    threads, each = _THREADS[groups, tile.per_sm]
+    total = threads // 128 * each
+    sums = tile.bands * tile.block_m // 2 * (2 if _promoted(config) else 1)
+    least = (56 if tile.per_sm == 1 else 40) if _extras(config) else 24
+    spare = total - groups * (sums + tile.bands * 32 + 48)
+    loading = min(max(spare, least), 128 if _extras(config) else least) // 8 * 8
+    return {
+        "REGISTERS": min((total - loading) // groups // 8 * 8, 240),
+        "LOADING_REGISTERS": loading,
+    }
+
+
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile) -> Constants:
-    decoder = _decoder(config)
+    decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
+    promoted = min(tile.stage_k, group or tile.stage_k)
+    piece = min(tile.block_m, 128) if _promoted(config) else tile.block_m
+    if config.A_dtype != "int8" or piece < tile.block_m:
+        promoted = 128  # the matrix units round sums of e4m3; operands are kept for all pieces
+    # Stages whose scales of a row are read at once. One such read is under way at a time: of few
+    # groups it would be the slowest of all; of many, registers become scarce.
+    aligned = config.num_groups % 16 == 0 and not _needs_sums(config)
+    each = 16 if aligned else 8 if tile.consumers * tile.split < 4 else 4
+    run = max(1, min(each * group // tile.stage_k, 8)) if group else 1
     return Constants(
         BITS=config.bits,
         WIDTH=config.bits,
@@ -397,15 +486,25 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         SHIFT=decoder.shift,
         SCALED=config.with_scaling,
         ZEROS_KIND=config.zeros_mode if config.with_zeros else "none",
-        GROUP=group_of(config),
+        GROUP=group,
         FLOAT=config.A_dtype != "int8",
         PROMOTED=_promoted(config),
         EXACT=_exact(config),
         BLOCK_M=tile.block_m,
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
+        SPLIT=tile.split,
         STAGES=tile.stages,
         STAGE_K=tile.stage_k,
-        UNROLL=tile.unroll,
+        TURNS=tile.unroll,
+        PROMOTE_HALVES=promoted // 64,
+        PIECE_M=piece,
+        PIECES=tile.block_m // piece,
+        TWO_SUMS=tile.block_m <= 64,
+        EXTRAS=_extras(config),
+        STAGE_GROUPS=_stage_groups(config, tile),
+        RUN=run,
+        ALIGNED=group != 0 and config.num_groups % max(1, run * tile.stage_k // group) == 0,
         SWEEP=SWEEP,
+        **_registers(config, tile),
     )
