@@ -27,6 +27,7 @@ from .wgmma import (
     known,
     results_map,
     tma_map,
+    words_map,
 )
 
 KERNELS = ("batch8",)
@@ -358,7 +359,7 @@ def launches(
     steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
     arguments = {
         "A": tma_map(A, [tile.block_m, 128]),
-        "W": _words_map(config, W, tile),
+        "W": words_map(W, tile.bands * tile.consumers, tile.stage_k * config.bits // 256),
         "OUT": out,
         "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),
         "SCALE": scale,
@@ -378,16 +379,6 @@ def launches(
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
     steps.append(Launch(batch8_kernels.batch8_kernel, grid, arguments, constants, 4, 1, options))
     return steps
-
-
-def _words_map(config: MatmulConfig, W: torch.Tensor, tile: Tile) -> Any:
-    """A stage of a packed weight at a time: (row tiles of the layout, chunks along K * 4, 128)."""
-    from .versions import TensorDescriptor, gl
-
-    words = W.view(torch.int32).view(W.shape[0], -1, 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    box = [tile.bands * tile.consumers, tile.stage_k * config.bits // 64, 128]
-    return TensorDescriptor.from_tensor(words, box, layout)
 
 
 def _row_sums(

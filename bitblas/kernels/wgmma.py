@@ -56,14 +56,14 @@ def results_map(out: torch.Tensor, block: list[int]) -> Any:
     return tma_map(out, block)
 
 
-def words_map(W: torch.Tensor, tiles: int) -> Any:
-    """The map of a packed weight as (row tiles of the layout, chunks along K * 4, 128) words, by
-    chunks of so many row tiles."""
+def words_map(W: torch.Tensor, tiles: int, chunks: int = 1) -> Any:
+    """The map of a packed weight as (row tiles of the layout, chunks along K * 4, 128) words, by so
+    many row tiles and chunks."""
     from .versions import TensorDescriptor, gl
 
     words = W.view(torch.int32).view(W.shape[0], -1, 128)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    return TensorDescriptor.from_tensor(words, [tiles, 4, 128], layout)
+    return TensorDescriptor.from_tensor(words, [tiles, 4 * chunks, 128], layout)
 
 
 def known(rule: Callable[[Any], Any]) -> Any:
