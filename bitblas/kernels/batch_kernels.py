@@ -177,12 +177,12 @@ def load_activations(
 
 
 @gluon.jit
-def produce(
-    A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, whole, bodies,
-    P: gl.constexpr,
-):  # fmt: skip
+def produce(operands, P: gl.constexpr):
     """Fills the ring for all segments. Words of the first stages are on their way before what
     precedes this kernel is complete, A only after it."""
+    (
+        A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, whole, bodies,
+    ) = operands  # fmt: skip
     MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
     BYTES: gl.constexpr = (
         P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
@@ -314,16 +314,16 @@ def of_stage(x, STAGE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def prepare(
-    SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
-    P: gl.constexpr,
-):  # fmt: skip
+def prepare(operands, P: gl.constexpr):
     """Fills the ring with what decoders take besides words, where groups of k have their own.
 
     Warps of their own do it, well ahead: consumers that load scales would wait for them at each
     fence. A row's scales of RUN stages are read at once, a run ahead: they lie beside each other,
     and 32 bytes come from the L2 for any of them.
     """
+    (
+        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
+    ) = operands  # fmt: skip
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
     GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
@@ -664,11 +664,11 @@ def finish_segment(
 
 
 @gluon.jit
-def consume(
-    OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-    w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies,
-    WHO: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
+def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
+    (
+        OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
+        w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies,
+    ) = operands  # fmt: skip
     MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # of no columns would be 8 that nothing uses
@@ -739,8 +739,8 @@ def consume(
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
         finish_segment(
-            OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, more_c_smem,
-            acc, more, row, tile_m, start == 0, end == bodies, tile - whole,
+            OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(WHO),
+            more_c_smem.index(WHO), acc, more, row, tile_m, start == 0, end == bodies, tile - whole,
             tiles_n * tiles_m - whole, bodies, M, N, WHO, P,
         )  # fmt: skip
     if OUT_MAP is not None:
@@ -800,44 +800,26 @@ def batch_kernel(
     bodies = (K + P.BODY_K - 1) // P.BODY_K
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
+    consuming = (
+        OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
+        w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies,
+    )  # fmt: skip
+    producing = (
+        A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies,
+    )  # fmt: skip
+    preparing = (
+        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,
+    )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
     if P.EXTRAS > 0:
         gl.warp_specialize([
-            (consume, (
-                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
-                more_smem, w_smem, e_smem, c_smem.index(0), more_c_smem.index(0), ready, empty,
-                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
-                more_smem, w_smem, e_smem, c_smem.index(1), more_c_smem.index(1), ready, empty,
-                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
-            )),
-            (produce, (
-                A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE,
-                bodies, P,
-            )),
-            (prepare, (
-                SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE,
-                bodies, P,
-            )),
+            (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+            (produce, (producing, P)), (prepare, (preparing, P)),
         ], [4, 1, 2], [R, L, L])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consume, (
-                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
-                more_smem, w_smem, e_smem, c_smem.index(0), more_c_smem.index(0), ready, empty,
-                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 0, P,
-            )),
-            (consume, (
-                OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem,
-                more_smem, w_smem, e_smem, c_smem.index(1), more_c_smem.index(1), ready, empty,
-                M, N, G, tiles_n, tiles_m, WHOLE, bodies, 1, P,
-            )),
-            (produce, (
-                A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE,
-                bodies, P,
-            )),
+            (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+            (produce, (producing, P)),
         ], [4, 1], [R, L])  # fmt: skip
