@@ -43,7 +43,7 @@ class Tile:
     num_warps: int
     num_stages: int
     splits: int = 1
-    kernel: str = "many"  # or "few"
+    kernel: str = "many"  # or "few", "codes"
     registers: int = 0  # of a thread, at most; 0: what the compiler takes
 
 
@@ -115,7 +115,7 @@ def launches(
         "PEEL": tile.block_m > 16 and not quantised, "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
-    if tile.kernel == "few":
+    if tile.kernel in ("few", "codes"):
         steps = [_few_launch(operands, arguments, constants, causal, tile, grid)]
     else:
         steps = [
@@ -140,7 +140,9 @@ def _few_launch(
     operands: Operands, arguments: dict[str, Any], constants: dict[str, Any], causal: bool,
     tile: Tile, grid: tuple[int, ...],
 ) -> Launch:  # fmt: skip
-    """attend_few in place of attend: words for elements, the stride of tokens known."""
+    """attend_few or attend_codes in place of attend: words for elements, the stride of tokens
+    known."""
+    from . import attention_codes_kernels as codes_kernels
     from . import attention_decode_kernels as decode_kernels
 
     Q = operands.Q
@@ -153,11 +155,15 @@ def _few_launch(
     kept = ("SCALE", "GROUP", "KV_HEADS", "DIM", "K_KIND", "V_KIND", "SPLIT", "PDL")
     constants = {name: constants[name] for name in kept} | token_strides | {
         "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
-        "HALVES": tile.block_m // 8, "KEYS": tile.block_n, "WARPS": tile.num_warps,
-        "AHEAD": tile.num_stages > 1,
+        "KEYS": tile.block_n, "WARPS": tile.num_warps,
     }  # fmt: skip
+    if tile.kernel == "codes":
+        function = codes_kernels.attend_codes
+        constants["FOURS"] = tile.block_m // 4
+    else:
+        function = decode_kernels.attend_few
+        constants |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
     options = {"maxnreg": tile.registers} if tile.registers else {}
-    function = decode_kernels.attend_few
     return Launch(function, grid, arguments, constants, tile.num_warps, 1, options)
 
 
