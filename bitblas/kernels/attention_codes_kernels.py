@@ -89,6 +89,14 @@ def reciprocal(x):
 
 
 @gluon.jit
+def peek():
+    return gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; ld.volatile.shared.b32 $0, [global_smem];", "=r", [],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def to_fixed(x, unit):
     """Bits whose lowest two bytes are the digits of round(x * unit): the high one, and the low one
     with its sign flipped; it takes -128 to 127."""
@@ -351,6 +359,22 @@ def codes_step(
 
 
 @gluon.jit
+def with_first(step, same, EARLY: gl.constexpr):
+    keys, ks, kz, values, vs, vz = step
+    if EARLY == 0:
+        keep_loads_here()
+        return step
+    near = keys[0]
+    a = (near[0] ^ (peek() ^ same),)
+    for i in gl.static_range(1, len(near)):
+        a = a + (near[i],)
+    near = (a,)
+    for i in gl.static_range(1, len(keys)):
+        near = near + (keys[i],)
+    return near, ks, kz, values, vs, vz
+
+
+@gluon.jit
 def attend_codes(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
     q_len, k_len, tiles, splits, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
@@ -358,7 +382,7 @@ def attend_codes(
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
     K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, FOURS: gl.constexpr,
-    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """4 * FOURS rows of one key head against a part of its keys; otherwise as attend_few.
 
@@ -448,14 +472,16 @@ def attend_codes(
     norm = (zero,) * FOURS
     unit = (zero + SMALLEST_UNIT,) * FOURS  # of weights, over LARGEST
 
+    same = nil
+    if EARLY > 0:
+        same = nil + peek()
     for _ in range((hi - lo + STRIDE - 1) // STRIDE):
         next_step = load_codes(
             K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi,
             K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
         )  # fmt: skip
-        keep_loads_here()
         m, norm, unit, zero_acc, acc = codes_step(
-            step, queries, factors, sums, limits, first, g, hi, nil, magic, m, norm, unit,
+            with_first(step, same, EARLY), queries, factors, sums, limits, first, g, hi, nil, magic, m, norm, unit,
             zero_acc, acc, K_KIND, V_KIND, BF16, ROW_LIMITS, FOURS, KEYS,
         )  # fmt: skip
         step = next_step
