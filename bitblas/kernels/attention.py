@@ -45,6 +45,7 @@ class Tile:
     splits: int = 1
     kernel: str = "many"  # or "few", "codes"
     registers: int = 0  # of a thread, at most; 0: what the compiler takes
+    heads: int = 1  # key heads of a block; more: one for each warp
 
 
 class Operands(NamedTuple):
@@ -114,7 +115,7 @@ def launches(
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "PEEL": tile.block_m > 16 and not quantised, "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
-    grid = (tiles, kv_heads, batch * tile.splits)
+    grid = (tiles, kv_heads // tile.heads, batch * tile.splits)
     if tile.kernel in ("few", "codes"):
         steps = [_few_launch(operands, arguments, constants, causal, tile, grid)]
     else:
@@ -159,7 +160,7 @@ def _few_launch(
     }  # fmt: skip
     if tile.kernel == "codes":
         function = codes_kernels.attend_codes
-        constants |= {"FOURS": tile.block_m // 4, "EARLY": tile.num_stages - 1}
+        constants |= {"FOURS": tile.block_m // 4, "HEADWISE": tile.heads > 1}
     else:
         function = decode_kernels.attend_few
         constants |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}

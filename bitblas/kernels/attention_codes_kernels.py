@@ -89,14 +89,6 @@ def reciprocal(x):
 
 
 @gluon.jit
-def peek():
-    return gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; ld.volatile.shared.b32 $0, [global_smem];", "=r", [],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def to_fixed(x, unit):
     """Bits whose lowest two bytes are the digits of round(x * unit): the high one, and the low one
     with its sign flipped; it takes -128 to 127."""
@@ -359,22 +351,6 @@ def codes_step(
 
 
 @gluon.jit
-def with_first(step, same, EARLY: gl.constexpr):
-    keys, ks, kz, values, vs, vz = step
-    if EARLY == 0:
-        keep_loads_here()
-        return step
-    near = keys[0]
-    a = (near[0] ^ (peek() ^ same),)
-    for i in gl.static_range(1, len(near)):
-        a = a + (near[i],)
-    near = (a,)
-    for i in gl.static_range(1, len(keys)):
-        near = near + (keys[i],)
-    return near, ks, kz, values, vs, vz
-
-
-@gluon.jit
 def attend_codes(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
     q_len, k_len, tiles, splits, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
@@ -382,11 +358,12 @@ def attend_codes(
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
     K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, FOURS: gl.constexpr,
-    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr, HEADWISE: gl.constexpr,
 ):  # fmt: skip
     """4 * FOURS rows of one key head against a part of its keys; otherwise as attend_few.
 
-    KEYS: of a warp in a step, 32 or 64.
+    KEYS: of a warp in a step, 32 or 64. HEADWISE: each warp has a key head of its own, all of them
+    the same keys, so that a block reads longer pieces of memory; else they share a head's keys.
     """
     if PDL:
         let_next_kernel_start()
@@ -404,7 +381,6 @@ def attend_codes(
     EVERY: gl.constexpr = gl.SliceLayout(0, every_layout(WARPS))
     ROWS_HERE: gl.constexpr = 4 * FOURS
     tile = tiles - 1 - gl.program_id(0)
-    head = gl.program_id(1)
     batch = (gl.program_id(2) // splits).to(gl.int64)
     split = gl.program_id(2) % splits
     length = k_len
@@ -415,6 +391,10 @@ def attend_codes(
     lane, warp = gl.broadcast(lane, warp)
     g = lane // 4
     c = lane % 4
+    if HEADWISE:
+        head = gl.program_id(1) * WARPS + warp
+    else:
+        head = gl.program_id(1)
 
     K += batch * (k_batch * 4) + head.to(gl.int64) * (k_head * 4)
     V += batch * (v_batch * 4) + head.to(gl.int64) * (v_head * 4)
@@ -432,11 +412,11 @@ def attend_codes(
     if ROW_LIMITS:
         final = gl.minimum((tile * ROWS_HERE + ROWS_HERE - 1) // GROUP, q_len - 1)
         last = gl.maximum(length - q_len + 1 + final, 0)
-    STRIDE: gl.constexpr = WARPS * KEYS
+    STRIDE: gl.constexpr = KEYS if HEADWISE else WARPS * KEYS
     per_split = (last + STRIDE * splits - 1) // (STRIDE * splits) * STRIDE
     lo = split * per_split
     hi = gl.minimum(lo + per_split, last)
-    first = lo + warp * KEYS
+    first = lo + warp * (0 if HEADWISE else KEYS)
     step = load_codes(
         K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
         K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
@@ -472,76 +452,97 @@ def attend_codes(
     norm = (zero,) * FOURS
     unit = (zero + SMALLEST_UNIT,) * FOURS  # of weights, over LARGEST
 
-    same = nil
-    if EARLY > 0:
-        same = nil + peek()
     for _ in range((hi - lo + STRIDE - 1) // STRIDE):
         next_step = load_codes(
             K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi,
             K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
         )  # fmt: skip
+        keep_loads_here()
         m, norm, unit, zero_acc, acc = codes_step(
-            with_first(step, same, EARLY), queries, factors, sums, limits, first, g, hi, nil, magic, m, norm, unit,
+            step, queries, factors, sums, limits, first, g, hi, nil, magic, m, norm, unit,
             zero_acc, acc, K_KIND, V_KIND, BF16, ROW_LIMITS, FOURS, KEYS,
         )  # fmt: skip
         step = next_step
         first += STRIDE
 
-    # the warps' parts, in units of the largest score of all of them
-    shared = over_warps(m, WARPS)
-    tops = ()
-    weights = ()
-    parts_of_totals = ()
-    for h in gl.static_range(FOURS):
-        top = gl.max(shared[h], axis=0)
-        tops = tops + (top,)
-        weight = power_of_two(m[h] - for_lanes(gl.where(top == float("-inf"), 0.0, top), WARPS))
-        parts_of_totals = parts_of_totals + (keys_sum(norm[h]) * weight,)
-        weights = weights + (weight * (unit[h] * (1.0 / LARGEST)),)
-    shared = over_warps(parts_of_totals, WARPS)
-    totals = ()
-    for h in gl.static_range(FOURS):
-        totals = totals + (gl.sum(shared[h], axis=0),)
-    REGISTERS: gl.constexpr = 2 * ROWS * FOURS
-    parts = gl.allocate_shared_memory(
-        gl.float32, [WARPS, REGISTERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    )  # fmt: skip
-    zeros = ()
-    for h in gl.static_range(FOURS):
-        zeros = zeros + (keys_sum(zero_acc[h]),)
-    scaled = ()
-    for i in gl.static_range(REGISTERS):
-        value = acc[i]
-        if V_KIND == "int4":
-            value = value * (1.0 if i % 2 == 0 else 0.0625) - zeros[i // 2 % FOURS]
-        scaled = scaled + (value * weights[i // 2 % FOURS],)
-    parts.permute((0, 2, 1)).store(join_all(scaled))
-    SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
-    RESULT: gl.constexpr = gl.SliceLayout(0, SUM)
-    result = gl.sum(parts.load(SUM), axis=0)
-    lane = gl.arange(0, 32, gl.SliceLayout(0, RESULT)).expand_dims(0)
-    register = gl.arange(0, REGISTERS, gl.SliceLayout(1, RESULT)).expand_dims(1)
-    group = register // 2 % FOURS
-    total = gl.full([REGISTERS, 32], 0.0, gl.float32, RESULT)
-    for h in gl.static_range(FOURS):
-        mine = gl.convert_layout(totals[h], gl.SliceLayout(0, RESULT)).expand_dims(0)
-        total = gl.where(group == h, mine, total)
-    result = result * gl.where(total == 0, 0.0, 1.0 / total)
-    d = row_dim(register // (2 * FOURS) * 2 + register % 2, lane // 4, V_KIND, V_WORDS, DIM)
-    r = tile * ROWS_HERE + group * 4 + lane % 4
-    query = r // GROUP
-    pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
-    pointer += (head * GROUP + r % GROUP) * o_head
-    if SPLIT:
-        pointer += split.to(gl.int64) * o_split
-    gl.store(pointer + d, result.to(OUT.dtype.element_ty), mask=query < q_len)
-    if SPLIT:
-        heads: gl.constexpr = KV_HEADS * GROUP
-        lane = gl.arange(0, 32, EVERY)
+    if HEADWISE:
         for h in gl.static_range(FOURS):
-            r = tile * ROWS_HERE + 4 * h + lane
+            total = keys_sum(norm[h])
+            weight = unit[h] * (1.0 / LARGEST) * gl.where(total == 0, 0.0, 1.0 / total)
+            zeros = keys_sum(zero_acc[h])
+            r = tile * ROWS_HERE + 4 * h + c
             query = r // GROUP
-            index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
-            index = index * heads + head * GROUP + r % GROUP
-            lse = gl.where(totals[h] == 0, float("-inf"), tops[h] + log2(totals[h]))
-            gl.store(LSE + index, lse, mask=(lane < 4) & (query < q_len))
+            pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
+            pointer += (head * GROUP + r % GROUP) * o_head
+            if SPLIT:
+                pointer += split.to(gl.int64) * o_split
+            for i in gl.static_range(2 * ROWS):
+                value = acc[(i // 2 * FOURS + h) * 2 + i % 2]
+                if V_KIND == "int4":
+                    value = value * (1.0 if i % 2 == 0 else 0.0625) - zeros
+                d = row_dim(i, g, V_KIND, V_WORDS, DIM)
+                gl.store(pointer + d, (value * weight).to(OUT.dtype.element_ty), mask=query < q_len)
+            if SPLIT:
+                index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
+                index = index * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
+                lse = gl.where(total == 0, float("-inf"), m[h] + log2(total))
+                gl.store(LSE + index, lse, mask=(g == 0) & (query < q_len))
+    else:
+        # the warps' parts, in units of the largest score of all of them
+        shared = over_warps(m, WARPS)
+        tops = ()
+        weights = ()
+        parts_of_totals = ()
+        for h in gl.static_range(FOURS):
+            top = gl.max(shared[h], axis=0)
+            tops = tops + (top,)
+            weight = power_of_two(m[h] - for_lanes(gl.where(top == float("-inf"), 0.0, top), WARPS))
+            parts_of_totals = parts_of_totals + (keys_sum(norm[h]) * weight,)
+            weights = weights + (weight * (unit[h] * (1.0 / LARGEST)),)
+        shared = over_warps(parts_of_totals, WARPS)
+        totals = ()
+        for h in gl.static_range(FOURS):
+            totals = totals + (gl.sum(shared[h], axis=0),)
+        REGISTERS: gl.constexpr = 2 * ROWS * FOURS
+        parts = gl.allocate_shared_memory(
+            gl.float32, [WARPS, REGISTERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        )  # fmt: skip
+        zeros = ()
+        for h in gl.static_range(FOURS):
+            zeros = zeros + (keys_sum(zero_acc[h]),)
+        scaled = ()
+        for i in gl.static_range(REGISTERS):
+            value = acc[i]
+            if V_KIND == "int4":
+                value = value * (1.0 if i % 2 == 0 else 0.0625) - zeros[i // 2 % FOURS]
+            scaled = scaled + (value * weights[i // 2 % FOURS],)
+        parts.permute((0, 2, 1)).store(join_all(scaled))
+        SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+        RESULT: gl.constexpr = gl.SliceLayout(0, SUM)
+        result = gl.sum(parts.load(SUM), axis=0)
+        lane = gl.arange(0, 32, gl.SliceLayout(0, RESULT)).expand_dims(0)
+        register = gl.arange(0, REGISTERS, gl.SliceLayout(1, RESULT)).expand_dims(1)
+        group = register // 2 % FOURS
+        total = gl.full([REGISTERS, 32], 0.0, gl.float32, RESULT)
+        for h in gl.static_range(FOURS):
+            mine = gl.convert_layout(totals[h], gl.SliceLayout(0, RESULT)).expand_dims(0)
+            total = gl.where(group == h, mine, total)
+        result = result * gl.where(total == 0, 0.0, 1.0 / total)
+        d = row_dim(register // (2 * FOURS) * 2 + register % 2, lane // 4, V_KIND, V_WORDS, DIM)
+        r = tile * ROWS_HERE + group * 4 + lane % 4
+        query = r // GROUP
+        pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
+        pointer += (head * GROUP + r % GROUP) * o_head
+        if SPLIT:
+            pointer += split.to(gl.int64) * o_split
+        gl.store(pointer + d, result.to(OUT.dtype.element_ty), mask=query < q_len)
+        if SPLIT:
+            heads: gl.constexpr = KV_HEADS * GROUP
+            lane = gl.arange(0, 32, EVERY)
+            for h in gl.static_range(FOURS):
+                r = tile * ROWS_HERE + 4 * h + lane
+                query = r // GROUP
+                index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
+                index = index * heads + head * GROUP + r % GROUP
+                lse = gl.where(totals[h] == 0, float("-inf"), tops[h] + log2(totals[h]))
+                gl.store(LSE + index, lse, mask=(lane < 4) & (query < q_len))
