@@ -253,8 +253,7 @@ def compile_ahead(jobs: list[tuple[str, Shape, list[Candidate], int]]) -> None:
                 Q = torch.empty(shape.batch, shape.q_len, shape.heads, shape.dim).half()
                 K = cache.K.permute(0, 3, 2, 1) if layout == "ntn" else cache.K
                 given = kernels.Operands(Q, K, cache.V, **cache.extras)
-                sms = properties.multi_processor_count
-                for source in kernels.sources(given, shape.causal, arch, sms):
+                for source in kernels.sources(given, shape.causal, torch.device("cuda", 0)):
                     found[source.key] = source
     compile_sources(list(found.values()), arch, os.cpu_count() or 1)
 

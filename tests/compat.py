@@ -223,9 +223,10 @@ def rows() -> list[Rows]:
 
 def attentions(everything: bool = False) -> list[Attention]:
     """What to compile of attention."""
+    queries = (1, 3, 8, 24, 512)
     drawn = itertools.product(
-        CACHES, ("float16", "bfloat16"), (128, 64, 256, 72), (1, 3, 8, 24, 512), ("nnn", "ntn"), SHARED
-    )  # fmt: skip
+        CACHES, ("float16", "bfloat16"), (128, 64, 256, 72), queries, ("nnn", "ntn"), SHARED
+    )
     found = [Attention(*fields) for fields in drawn]
     return found if everything else random.Random(0).sample(found, 60)
 

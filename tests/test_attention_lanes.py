@@ -1,4 +1,4 @@
-"""The Gluon kernel for few queries on the CPU, by the stand-in of lanes.py: results of every kind
+"""The Gluon kernels for few queries on the CPU, by the stand-in of lanes.py: results of every kind
 of cache and number of queries, and that no address lies outside an operand."""
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from bitblas.kernels.launch import Workspace
 if versions.why_no_gluon() is not None:
     pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
 
-KERNELS = Path(attention.__file__).with_name("attention_decode_kernels.py")
+FOLDER = Path(attention.__file__).parent
+MODULES = [FOLDER / f"attention_{name}_kernels.py" for name in ("decode", "codes")]
+INTEGERS = [("int8", "int8"), ("int4", "int4"), ("int4", "int8"), ("int8", "int4")]
 
 
 def run(problem: Problem, tile: attention.Tile) -> torch.Tensor:
@@ -33,7 +35,7 @@ def run(problem: Problem, tile: attention.Tile) -> torch.Tensor:
         name: torch.full(x.shape, float("nan"), dtype=x.dtype) if isinstance(x, Workspace) else x
         for name, x in attend.arguments.items()
     }
-    lanes.run(KERNELS, "attend_few", attend.grid, given | attend.constants)
+    lanes.run(MODULES, f"attend_{tile.kernel}", attend.grid, given | attend.constants)
     if tile.splits == 1:
         return out
     parts, lse = given["OUT"], given["LSE"]
@@ -88,3 +90,55 @@ def test_tiny_values_keep_their_digits(cache):
 def test_steps_of_any_size_and_order(stages, keys):
     problem = draw(heads=4, k_len=300, dim=64, caches=("int4", "int4"))
     problem.check(run(problem, attention.Tile(8, keys, 2, stages, 2, "few")))
+
+
+def codes_tile(rows: int, splits: int, heads: int = 1, keys: int = 32) -> attention.Tile:
+    return attention.Tile(rows, keys, max(2, heads), 1, splits, "codes", heads=heads)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("caches", INTEGERS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_integer_codes(caches, dim, heads):
+    problem = draw(2, 1, 8, 4, 203, dim, caches=caches, lengths=[203, 77])
+    problem.check(run(problem, codes_tile(4, 3, heads)))
+
+
+@pytest.mark.parametrize("rows, heads, splits", [(4, 1, 2), (8, 2, 1), (8, 1, 3), (16, 2, 3)])
+@pytest.mark.parametrize("caches", INTEGERS[:2])
+def test_integer_codes_of_causal_queries(caches, rows, heads, splits):
+    """Five queries of two heads are one to three tiles."""
+    problem = draw(1, 5, 4, 2, 131, 64, "bfloat16", caches=caches, causal=True)
+    problem.check(run(problem, codes_tile(rows, splits, heads, 64 if rows == 8 else 32)))
+
+
+@pytest.mark.parametrize("caches", INTEGERS[:2])
+def test_integer_codes_of_large_dims(caches):
+    problem = draw(1, 1, 4, 1, 90, 256, caches=caches)
+    problem.check(run(problem, codes_tile(4, 1)))
+
+
+@pytest.mark.parametrize("caches", INTEGERS[:2])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_weights_of_integer_codes_keep_their_digits(caches, heads):
+    """One key has almost all of the weight, scales of values are tiny and differ widely, a query is
+    zero, a sequence has no keys."""
+    problem = draw(2, 1, 8, 2, 300, 64, caches=caches, lengths=[300, 0], value_scale=1e-3)
+    Q, _, _ = problem.tensors
+    problem.extras["k_scale"][0, 7] *= 8
+    problem.extras["v_scale"][0, ::3] /= 50
+    Q[0, 0, 3] = 0
+    problem.check(run(problem, codes_tile(4, 2, heads)))
+
+
+@pytest.mark.parametrize("spoilt", ["k_scale", "v_scale", "Q"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_integer_codes_do_not_hide_what_is_no_number(spoilt, heads):
+    problem = draw(1, 1, 4, 2, 100, 64, caches=("int4", "int8"))
+    x = problem.tensors[0] if spoilt == "Q" else problem.extras[spoilt]
+    if spoilt == "Q":
+        x[0, 0, 1, 5] = float("inf")
+    else:
+        x[0, 50, 0] = float("nan")
+    out = run(problem, codes_tile(4, 2, heads))
+    assert out[0, 0, 1].isnan().all() and out[0, 0, 2:].isfinite().all()

@@ -277,7 +277,7 @@ def _serves_few(operands: Operands, arch: int) -> bool:
 def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
     """out [batch, q_len, heads, dim], whose dims are contiguous."""
     device, k_len = out.device, operands.K.shape[1]
-    index = current_device() if device.index is None else device.index
+    index = _index(device)
     arch = architecture(index)
     longest = _longest(k_len)
 
@@ -289,12 +289,27 @@ def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
     _start(("attend", causal, longest), [*operands, out], k_len, steps, range(1, 7))
 
 
-def sources(operands: Operands, causal: bool, arch: int, multiprocessors: int) -> list[Source]:
-    """The kernels of a call with such operands, 16-byte aligned; they may be on the meta device."""
+def sources(operands: Operands, causal: bool, device: torch.device) -> list[Source]:
+    """The kernels of a device's calls with such operands, 16-byte aligned; they may be on the meta
+    device."""
+    index = _index(device)
+    arch = architecture(index)
     out = torch.empty(operands.Q.shape, dtype=operands.Q.dtype, device="meta")
     longest = _longest(operands.K.shape[1])
-    tile = tile_for(operands, arch, multiprocessors, longest)
+    tile = tile_for(operands, arch, _multiprocessors(index), longest)
     return [Source(step) for step in launches(operands, out, causal, tile, arch)]
+
+
+def expand_source(
+    x: torch.Tensor, out: torch.Tensor, numbers: Sequence[torch.Tensor | None], device: torch.device
+) -> Source:
+    """expand's kernel. numbers: scale, zeros."""
+    scale, zeros = numbers
+    return Source(expand_launch(x, out, scale, zeros, architecture(_index(device))))
+
+
+def _index(device: torch.device) -> int:
+    return current_device() if device.index is None else device.index
 
 
 def _longest(k_len: int) -> int:
@@ -308,7 +323,7 @@ def expand(x: torch.Tensor, like: torch.Tensor, *numbers: torch.Tensor | None) -
     if 1 not in (x.stride(3), x.stride(1)):
         x = x.contiguous()
     out = torch.empty((*x.shape[:3], like.shape[3]), dtype=like.dtype, device=x.device)
-    arch = architecture(current_device() if x.device.index is None else x.device.index)
+    arch = architecture(_index(x.device))
 
     def steps(fakes: list[Any], varying: Varying, aligned: bool) -> list[Launch]:
         codes, scale, zeros, target = fakes

@@ -13,18 +13,18 @@ mask, values after a transpose of bytes. Sums of products are exact, so nothing 
 """
 
 # Gluon gives these functions' parameters their types.
-# mypy: disable-error-code="no-untyped-def, assignment, misc"
+# mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 
 from __future__ import annotations
 
 from .attention_decode_kernels import (
-    from_lane,
+    every_layout,
     for_lanes,
+    from_lane,
     join_all,
     keys_max,
     keys_sum,
     lanes_layout,
-    every_layout,
     load_keys,
     load_pairs,
     load_query,
