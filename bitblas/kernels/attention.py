@@ -215,7 +215,7 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
     elif quantised and dim > 128:
-        tile = Tile(32, 64, 4, 3)
+        tile = Tile(32, 64, 8, 2)
     elif quantised:
         # H200, 64 rows, int8: 277 us with 64 rows and 128 keys, 340 with 64 keys; int4 would spill
         int4 = "int4" in (kind_of(K, Q), kind_of(V, Q))
@@ -227,6 +227,8 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
     if rows <= tile.block_m // 2:
         block_m = max(16, 1 << (rows - 1).bit_length())
         tile = replace(tile, block_m=block_m, num_warps=4, num_stages=2)
+        if quantised and block_m == 16:  # registers
+            tile = replace(tile, block_n=32 if dim > 128 else 64)
     blocks = -(-rows // tile.block_m) * kv_heads * batch
     # parts enough for two blocks on each multiprocessor, of a few steps at least
     return replace(tile, splits=_parts(2 * multiprocessors // blocks, k_len, tile.block_n))
