@@ -160,7 +160,7 @@ def _few_launch(
     }  # fmt: skip
     if tile.kernel == "codes":
         function = codes_kernels.attend_codes
-        constants |= {"FOURS": tile.block_m // 4, "HEADWISE": tile.heads > 1}
+        constants |= {"FOURS": tile.block_m // 4, "HEADWISE": tile.heads > 1, "SYNC": tile.num_stages > 1}
     else:
         function = decode_kernels.attend_few
         constants |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}

@@ -33,6 +33,7 @@ from .attention_decode_kernels import (
     of_lane,
     over_warps,
     permute_bytes,
+    piece_layout,
     power_of_two,
     quad_max,
     quad_sum,
@@ -350,6 +351,25 @@ def codes_step(
     return tops, norms, units, zeros, acc
 
 
+@gluon.constexpr_function
+def sum_place(j, h, FOURS):
+    """Where attend_codes has row_dim's j-th sum of group h."""
+    return (j // 2 * FOURS + h) * 2 + j % 2
+
+
+@gluon.jit
+def store_four(pointer, values, live, WARPS: gl.constexpr):
+    """A lane's four values, one behind the other."""
+    L: gl.constexpr = piece_layout(WARPS, 4)
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    word = word.expand_dims(0).expand_dims(1)
+    pointer = gl.convert_layout(pointer, gl.SliceLayout(2, L), assert_trivial=True)
+    live = gl.convert_layout(live, gl.SliceLayout(2, L), assert_trivial=True)
+    x = gl.convert_layout(join_all(values), L, assert_trivial=True)
+    kind = pointer.dtype.element_ty
+    gl.store(pointer.expand_dims(2) + word, x.to(kind), mask=live.expand_dims(2) & (word >= 0))
+
+
 @gluon.jit
 def attend_codes(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
@@ -358,7 +378,7 @@ def attend_codes(
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
     K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, FOURS: gl.constexpr,
-    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr, HEADWISE: gl.constexpr,
+    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr, HEADWISE: gl.constexpr, SYNC: gl.constexpr,
 ):  # fmt: skip
     """4 * FOURS rows of one key head against a part of its keys; otherwise as attend_few.
 
@@ -453,6 +473,8 @@ def attend_codes(
     unit = (zero + SMALLEST_UNIT,) * FOURS  # of weights, over LARGEST
 
     for _ in range((hi - lo + STRIDE - 1) // STRIDE):
+        if SYNC:
+            gl.thread_barrier()
         next_step = load_codes(
             K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi,
             K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
@@ -466,27 +488,33 @@ def attend_codes(
         first += STRIDE
 
     if HEADWISE:
+        WORD_ROWS: gl.constexpr = 8 if V_KIND == "int4" else 4  # of a word of values
         for h in gl.static_range(FOURS):
             total = keys_sum(norm[h])
             weight = unit[h] * (1.0 / LARGEST) * gl.where(total == 0, 0.0, 1.0 / total)
             zeros = keys_sum(zero_acc[h])
             r = tile * ROWS_HERE + 4 * h + c
             query = r // GROUP
-            pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
-            pointer += (head * GROUP + r % GROUP) * o_head
-            if SPLIT:
-                pointer += split.to(gl.int64) * o_split
-            for i in gl.static_range(2 * ROWS):
-                value = acc[(i // 2 * FOURS + h) * 2 + i % 2]
-                if V_KIND == "int4":
-                    value = value * (1.0 if i % 2 == 0 else 0.0625) - zeros
-                d = row_dim(i, g, V_KIND, V_WORDS, DIM)
-                gl.store(pointer + d, (value * weight).to(OUT.dtype.element_ty), mask=query < q_len)
-            if SPLIT:
-                index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
-                index = index * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
+            live = query < q_len
+            row = (batch * q_len + query) * (KV_HEADS * GROUP) + (head * GROUP + r % GROUP)
+            if SPLIT:  # parts are contiguous, which lets stores be wide
+                row += split.to(gl.int64) * (o_split // DIM)
+                pointer = OUT + row * DIM
                 lse = gl.where(total == 0, float("-inf"), m[h] + log2(total))
-                gl.store(LSE + index, lse, mask=(g == 0) & (query < q_len))
+                gl.store(LSE + row, lse, mask=live & (g == 0))
+            else:
+                pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
+                pointer += (head * GROUP + r % GROUP) * o_head
+            for w in gl.static_range(V_WORDS):
+                for e in gl.static_range(WORD_ROWS // 4):
+                    four = ()
+                    for i in gl.static_range(4):
+                        value = acc[sum_place(w * WORD_ROWS + i * (WORD_ROWS // 4) + e, h, FOURS)]
+                        if V_KIND == "int4":
+                            value = value * (1.0 if e == 0 else 0.0625) - zeros
+                        four = four + (value * weight,)
+                    d = row_dim(w * WORD_ROWS + e, g, V_KIND, V_WORDS, DIM)
+                    store_four(pointer + d, four, live, WARPS)
     else:
         # the warps' parts, in units of the largest score of all of them
         shared = over_warps(m, WARPS)
