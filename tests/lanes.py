@@ -317,7 +317,6 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
         split=lambda x: (Tensor(x.data[..., 0]), Tensor(x.data[..., 1])),
         max=lambda x, axis: Tensor(x.data.max(axis)),
         sum=lambda x, axis: Tensor(x.data.sum(axis)),
-        thread_barrier=lambda: None,
         allocate_shared_memory=lambda dtype, shape, layout: Shared(np.full(shape, np.nan, dtype)),
     )  # fmt: skip
 

@@ -56,8 +56,8 @@ PORTABLE = [  # both kernels
 # key heads, queries of each, keys, dim, kinds of K and V, tile; two sequences, one of few keys
 ATTENTION = [
     (2, 4, 203, 64, "int4", "int8", attention.Tile(4, 32, 2, 1, 3, "codes")),
-    (4, 3, 203, 128, "int8", "int4", attention.Tile(4, 32, 4, 1, 2, "codes", heads=4)),
-    (2, 8, 131, 64, "int4", "int4", attention.Tile(8, 32, 2, 1, 2, "codes", heads=2)),
+    (4, 3, 203, 128, "int8", "int4", attention.Tile(4, 32, 4, 1, 2, "codes")),
+    (2, 4, 131, 256, "int4", "int4", attention.Tile(4, 64, 2, 1, 1, "codes")),
     (2, 5, 131, 64, "e4m3_float8", "float16", attention.Tile(8, 16, 4, 1, 3, "few")),
     (1, 9, 131, 128, "int4", "float16", attention.Tile(16, 32, 4, 2, 1, "few")),
     (2, 20, 131, 72, "int8", "int4", attention.Tile(32, 64, 4, 2, 2)),

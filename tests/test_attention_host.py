@@ -1,6 +1,8 @@
 """The host side of attention on a GPU, on a driver that runs nothing: what is started with what,
 and what calls keep."""
 
+from functools import partial
+
 import pytest
 import torch
 from attention_cases import draw
@@ -117,14 +119,14 @@ def test_expanding_copies_what_neither_tokens_nor_dims_have_contiguous(cuda):
 def test_warm_up_finds_the_kernels_that_calls_start(cuda, monkeypatch, cache, layout, q_len):
     monkeypatch.setattr(attention_ops, "_cudnn_serves", lambda *_: True)
     started = set()
+
+    def spy(make, *arguments):
+        steps = make(*arguments)
+        started.update(Source(x).key for x in (steps if isinstance(steps, list) else [steps]))
+        return steps
+
     for name in ("launches", "expand_launch"):
-
-        def spy(*arguments, make=getattr(attention, name)):
-            steps = make(*arguments)
-            started.update(Source(x).key for x in (steps if isinstance(steps, list) else [steps]))
-            return steps
-
-        monkeypatch.setattr(attention, name, spy)
+        monkeypatch.setattr(attention, name, partial(spy, getattr(attention, name)))
     problem = draw(2, q_len, 8, 2, 300, 64, "bfloat16", (cache, cache), layout)
     device = torch.device("cuda", 0)
     found = {x.key for x in attention_ops.sources(problem.config, "auto", q_len, device)}

@@ -118,14 +118,16 @@ def compiled(given, arch, causal=False):
 FEW = [(cache, 128, 1, torch.float16, 90) for cache in CACHES]
 FEW += [("int4", 64, 1, torch.bfloat16, 90), ("int4", 256, 1, torch.float16, 90)]
 FEW += [("int8", 128, 4, torch.float16, 90), ("int4", 128, 1, torch.float16, 80)]
+FEW += [("int4", 128, 2, torch.bfloat16, 90)]
 
 
 @pytest.mark.skipif(versions.why_no_gluon() is not None, reason="no Gluon")
 @pytest.mark.parametrize("cache, dim, q_len, dtype, arch", FEW)
 def test_few_queries_read_caches_in_large_pieces(cache, dim, q_len, dtype, arch):
     tile, (attend, *_) = compiled(meta_operands(cache, q_len, dim, dtype), arch, causal=True)
-    assert tile.kernel == "few"
-    assert attend.count("HMMA") > 0
+    integers = cache in ("int8", "int4") and q_len == 1
+    assert tile.kernel == ("codes" if integers else "few")
+    assert attend.count("IMMA" if integers else "HMMA") > 0
     piece = ".64" if (cache, dim) == ("int4", 64) else ".128"  # a quarter of a key
     assert any(op.startswith("LDG") and op.endswith(piece) for op in attend.opcodes)
     assert not attend.count("LDGSTS")

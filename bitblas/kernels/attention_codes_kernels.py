@@ -1,15 +1,16 @@
-"""Device code of attention with few queries over integer caches: Gluon, one lane at a time.
+"""Device code of attention with up to four rows over int8 and int4 caches: Gluon, lane by lane.
 
 As attention_decode_kernels, whose loads and order of keys and dims this has, but codes stay
-integers: m16n8k32 multiplies their bytes by queries and weights as 16-bit fixed point, of which a
-row of queries has its largest element, and a step's weights the largest of them, for a unit. The
-two digits of such a number are columns side by side, so a lane has both of one query:
+integers. mma.m16n8k32 multiplies their bytes by 16-bit fixed point: a row of queries has its
+largest element for a unit, a step's weights the largest of them. The two digits of such a number
+are columns side by side, so that a lane has both of one query:
 
-    scores   lane 4g + c: query c of four, keys 2g and 2g + 1 of each 16
-    sums     lane 4g + c: query c of four, rows (dims) g and g + 8 of each product
+    scores   lane 4g + c: query c, keys 2g and 2g + 1 of each 16
+    sums     lane 4g + c: query c, rows (dims) g and g + 8 of each product
 
-That is half the instructions for a code: bytes of keys are operands as they come, nibbles after a
-mask, values after a transpose of bytes. Sums of products are exact, so nothing need be centred.
+Bytes of keys are operands as they come, nibbles after a mask, values after a transpose of bytes:
+218 instructions for 16 keys of int4 and dim 128, where float16 operands take 362. Sums of products
+are exact, so nothing need be centred.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -33,7 +34,6 @@ from .attention_decode_kernels import (
     of_lane,
     over_warps,
     permute_bytes,
-    piece_layout,
     power_of_two,
     quad_max,
     quad_sum,
@@ -45,7 +45,7 @@ from .device import keep_loads_here, let_next_kernel_start
 from .versions import gl, gluon
 
 LARGEST = gl.constexpr(32639.0)  # 127 * 256 + 127
-SMALLEST_UNIT = gl.constexpr(1e-33)
+SMALLEST_UNIT = gl.constexpr(1e-33)  # of weights: LARGEST / unit is no infinity
 FAR_SMALLER = gl.constexpr(2.0**-24)
 # 1.5 * 2^23: a float whose low bits are an integer that is added to it; as bits; plus 128
 ONE_AND_A_HALF = gl.constexpr(12582912.0)
@@ -284,10 +284,7 @@ def weigh_codes(
 
 
 @gluon.jit
-def add_codes(
-    values, columns, ratios, acc, magic, KIND: gl.constexpr, FOURS: gl.constexpr,
-    KEYS: gl.constexpr,
-):  # fmt: skip
+def add_codes(values, columns, ratio, acc, magic, KIND: gl.constexpr, KEYS: gl.constexpr):
     """acc: the weighted sums of values, with those of a step."""
     added = ()
     for w in gl.static_range(len(values[0])):
@@ -303,71 +300,18 @@ def add_codes(
                 )  # fmt: skip
             rows = rows + (v,)
         for i in gl.static_range(len(rows[0]) // 2):
-            for h in gl.static_range(FOURS):
-                d = (magic, magic, magic, magic)
-                for y in gl.static_range(KEYS // 32):
-                    near = rows[2 * y]
-                    far = rows[2 * y + 1]
-                    a = (near[2 * i], near[2 * i + 1], far[2 * i], far[2 * i + 1])
-                    column = columns[h]
-                    d = multiply_codes(a, column[2 * y], column[2 * y + 1], d, KIND == "int4")
-                for e in gl.static_range(2):
-                    high = d[2 * e].to(gl.float32, bitcast=True)
-                    low = d[2 * e + 1].to(gl.float32, bitcast=True)
-                    both = gl.fma(high, 256.0, -257.0 * ONE_AND_A_HALF) + low
-                    added = added + (gl.fma(acc[len(added)], ratios[h], both),)
+            d = (magic, magic, magic, magic)
+            for y in gl.static_range(KEYS // 32):
+                near = rows[2 * y]
+                far = rows[2 * y + 1]
+                a = (near[2 * i], near[2 * i + 1], far[2 * i], far[2 * i + 1])
+                d = multiply_codes(a, columns[2 * y], columns[2 * y + 1], d, KIND == "int4")
+            for e in gl.static_range(2):
+                high = d[2 * e].to(gl.float32, bitcast=True)
+                low = d[2 * e + 1].to(gl.float32, bitcast=True)
+                both = gl.fma(high, 256.0, -257.0 * ONE_AND_A_HALF) + low
+                added = added + (gl.fma(acc[len(added)], ratio, both),)
     return added
-
-
-@gluon.jit
-def codes_step(
-    step, queries, factors, sums, limits, first, g, hi, nil, magic, m, norm, unit, zero_acc, acc,
-    K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr, ROW_LIMITS: gl.constexpr,
-    FOURS: gl.constexpr, KEYS: gl.constexpr,
-):  # fmt: skip
-    """The sums with those of a warp's next KEYS keys."""
-    numbers = step_numbers(step, first, g, hi, K_KIND, V_KIND, BF16, KEYS)
-    columns = ()
-    ratios = ()
-    tops = ()
-    norms = ()
-    units = ()
-    zeros = ()
-    for h in gl.static_range(FOURS):
-        scores = score_codes(
-            step[0], numbers, queries[h], sums[h], limits[h], first, g, nil, K_KIND, ROW_LIMITS,
-            KEYS,
-        )  # fmt: skip
-        column, ratio, top, one_norm, one_unit, zero = weigh_codes(
-            scores, numbers, factors[h], m[h], norm[h], unit[h], zero_acc[h], V_KIND, KEYS
-        )
-        columns = columns + (column,)
-        ratios = ratios + (ratio,)
-        tops = tops + (top,)
-        norms = norms + (one_norm,)
-        units = units + (one_unit,)
-        zeros = zeros + (zero,)
-    acc = add_codes(step[3], columns, ratios, acc, magic, V_KIND, FOURS, KEYS)
-    return tops, norms, units, zeros, acc
-
-
-@gluon.constexpr_function
-def sum_place(j, h, FOURS):
-    """Where attend_codes has row_dim's j-th sum of group h."""
-    return (j // 2 * FOURS + h) * 2 + j % 2
-
-
-@gluon.jit
-def store_four(pointer, values, live, WARPS: gl.constexpr):
-    """A lane's four values, one behind the other."""
-    L: gl.constexpr = piece_layout(WARPS, 4)
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    word = word.expand_dims(0).expand_dims(1)
-    pointer = gl.convert_layout(pointer, gl.SliceLayout(2, L), assert_trivial=True)
-    live = gl.convert_layout(live, gl.SliceLayout(2, L), assert_trivial=True)
-    x = gl.convert_layout(join_all(values), L, assert_trivial=True)
-    kind = pointer.dtype.element_ty
-    gl.store(pointer.expand_dims(2) + word, x.to(kind), mask=live.expand_dims(2) & (word >= 0))
 
 
 @gluon.jit
@@ -377,13 +321,12 @@ def attend_codes(
     ks_batch, ks_head, vs_batch, vs_head, o_split, o_batch, o_token, o_head,
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
-    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, FOURS: gl.constexpr,
-    KEYS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr, HEADWISE: gl.constexpr, SYNC: gl.constexpr,
+    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, KEYS: gl.constexpr,
+    WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """4 * FOURS rows of one key head against a part of its keys; otherwise as attend_few.
+    """Four rows of one key head against a part of its keys; otherwise as attend_few.
 
-    KEYS: of a warp in a step, 32 or 64. HEADWISE: each warp has a key head of its own, all of them
-    the same keys, so that a block reads longer pieces of memory; else they share a head's keys.
+    KEYS: of a warp in a step, 32 or 64.
     """
     if PDL:
         let_next_kernel_start()
@@ -399,8 +342,8 @@ def attend_codes(
         V_ZEROS = V_ZEROS.to(WORD, bitcast=True)
     L: gl.constexpr = lanes_layout(WARPS)
     EVERY: gl.constexpr = gl.SliceLayout(0, every_layout(WARPS))
-    ROWS_HERE: gl.constexpr = 4 * FOURS
     tile = tiles - 1 - gl.program_id(0)
+    head = gl.program_id(1)
     batch = (gl.program_id(2) // splits).to(gl.int64)
     split = gl.program_id(2) % splits
     length = k_len
@@ -411,10 +354,6 @@ def attend_codes(
     lane, warp = gl.broadcast(lane, warp)
     g = lane // 4
     c = lane % 4
-    if HEADWISE:
-        head = gl.program_id(1) * WARPS + warp
-    else:
-        head = gl.program_id(1)
 
     K += batch * (k_batch * 4) + head.to(gl.int64) * (k_head * 4)
     V += batch * (v_batch * 4) + head.to(gl.int64) * (v_head * 4)
@@ -430,13 +369,13 @@ def attend_codes(
 
     last = length
     if ROW_LIMITS:
-        final = gl.minimum((tile * ROWS_HERE + ROWS_HERE - 1) // GROUP, q_len - 1)
+        final = gl.minimum((tile * 4 + 3) // GROUP, q_len - 1)
         last = gl.maximum(length - q_len + 1 + final, 0)
-    STRIDE: gl.constexpr = KEYS if HEADWISE else WARPS * KEYS
+    STRIDE: gl.constexpr = WARPS * KEYS
     per_split = (last + STRIDE * splits - 1) // (STRIDE * splits) * STRIDE
     lo = split * per_split
     hi = gl.minimum(lo + per_split, last)
-    first = lo + warp * (0 if HEADWISE else KEYS)
+    first = lo + warp * KEYS
     step = load_codes(
         K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
         K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
@@ -444,133 +383,80 @@ def attend_codes(
     keep_loads_here()
 
     TIMES: gl.constexpr = 16.0 if K_KIND == "int4" else 1.0  # how large integer scores are
-    queries = ()  # registers of columns: query g // 2 of four, digit g % 2
-    factors = ()  # of query c of four, as everything below
-    sums = ()
-    limits = ()
-    for h in gl.static_range(FOURS):
-        r = tile * ROWS_HERE + 4 * h + g // 2
-        query = r // GROUP
-        pointer = Q + batch * (q_batch * 4) + query.to(gl.int64) * (q_token * 4)
-        pointer += (head * GROUP + r % GROUP) * (q_head * 4)
-        words = load_query(pointer, c, query < q_len, K_KIND, K_WORDS, DIM, WARPS)
-        registers, factor, total = fixed_query(words, g % 2, K_KIND, BF16)
-        queries = queries + (registers,)
-        factors = factors + (of_lane(factor, 8 * c) * (SCALE / TIMES),)
-        sums = sums + (of_lane(total, 8 * c) * TIMES,)
-        query = (tile * ROWS_HERE + 4 * h + c) // GROUP
-        seen = gl.minimum(length - q_len + 1 + query, hi)
-        limits = limits + (gl.where(query < q_len, seen, 0),)
+    r = tile * 4 + g // 2  # columns: query g // 2, digit g % 2
+    query = r // GROUP
+    pointer = Q + batch * (q_batch * 4) + query.to(gl.int64) * (q_token * 4)
+    pointer += (head * GROUP + r % GROUP) * (q_head * 4)
+    words = load_query(pointer, c, query < q_len, K_KIND, K_WORDS, DIM, WARPS)
+    queries, factor, total = fixed_query(words, g % 2, K_KIND, BF16)
+    factor = of_lane(factor, 8 * c) * (SCALE / TIMES)  # of query c, as everything below
+    total = of_lane(total, 8 * c) * TIMES
+    query = (tile * 4 + c) // GROUP
+    limit = gl.where(query < q_len, gl.minimum(length - q_len + 1 + query, hi), 0)
 
     zero = gl.full([WARPS, 32], 0.0, gl.float32, L)
     nil = gl.full([WARPS, 32], 0, gl.int32, L)
     magic = gl.full([WARPS, 32], ONE_AND_A_HALF_BITS, gl.int32, L)
     ROWS: gl.constexpr = DIM // 16  # products that make up the dims
-    acc = (zero,) * (2 * ROWS * FOURS)  # weighted sums of values, in `unit`s
-    zero_acc = (zero,) * FOURS  # of zero points, of a lane's keys
-    m = (zero - float("inf"),) * FOURS
-    norm = (zero,) * FOURS
-    unit = (zero + SMALLEST_UNIT,) * FOURS  # of weights, over LARGEST
+    acc = (zero,) * (2 * ROWS)  # weighted sums of values, in `unit`s
+    zero_acc = zero  # of zero points, of a lane's keys
+    m = zero - float("inf")
+    norm = zero
+    unit = zero + SMALLEST_UNIT  # of weights, times LARGEST
 
     for _ in range((hi - lo + STRIDE - 1) // STRIDE):
-        if SYNC:
-            gl.thread_barrier()
         next_step = load_codes(
             K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi,
             K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
         )  # fmt: skip
         keep_loads_here()
-        m, norm, unit, zero_acc, acc = codes_step(
-            step, queries, factors, sums, limits, first, g, hi, nil, magic, m, norm, unit,
-            zero_acc, acc, K_KIND, V_KIND, BF16, ROW_LIMITS, FOURS, KEYS,
-        )  # fmt: skip
+        numbers = step_numbers(step, first, g, hi, K_KIND, V_KIND, BF16, KEYS)
+        scores = score_codes(
+            step[0], numbers, queries, total, limit, first, g, nil, K_KIND, ROW_LIMITS, KEYS
+        )
+        columns, ratio, m, norm, unit, zero_acc = weigh_codes(
+            scores, numbers, factor, m, norm, unit, zero_acc, V_KIND, KEYS
+        )
+        acc = add_codes(step[3], columns, ratio, acc, magic, V_KIND, KEYS)
         step = next_step
         first += STRIDE
 
-    if HEADWISE:
-        WORD_ROWS: gl.constexpr = 8 if V_KIND == "int4" else 4  # of a word of values
-        for h in gl.static_range(FOURS):
-            total = keys_sum(norm[h])
-            weight = unit[h] * (1.0 / LARGEST) * gl.where(total == 0, 0.0, 1.0 / total)
-            zeros = keys_sum(zero_acc[h])
-            r = tile * ROWS_HERE + 4 * h + c
-            query = r // GROUP
-            live = query < q_len
-            row = (batch * q_len + query) * (KV_HEADS * GROUP) + (head * GROUP + r % GROUP)
-            if SPLIT:  # parts are contiguous, which lets stores be wide
-                row += split.to(gl.int64) * (o_split // DIM)
-                pointer = OUT + row * DIM
-                lse = gl.where(total == 0, float("-inf"), m[h] + log2(total))
-                gl.store(LSE + row, lse, mask=live & (g == 0))
-            else:
-                pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
-                pointer += (head * GROUP + r % GROUP) * o_head
-            for w in gl.static_range(V_WORDS):
-                for e in gl.static_range(WORD_ROWS // 4):
-                    four = ()
-                    for i in gl.static_range(4):
-                        value = acc[sum_place(w * WORD_ROWS + i * (WORD_ROWS // 4) + e, h, FOURS)]
-                        if V_KIND == "int4":
-                            value = value * (1.0 if e == 0 else 0.0625) - zeros
-                        four = four + (value * weight,)
-                    d = row_dim(w * WORD_ROWS + e, g, V_KIND, V_WORDS, DIM)
-                    store_four(pointer + d, four, live, WARPS)
-    else:
-        # the warps' parts, in units of the largest score of all of them
-        shared = over_warps(m, WARPS)
-        tops = ()
-        weights = ()
-        parts_of_totals = ()
-        for h in gl.static_range(FOURS):
-            top = gl.max(shared[h], axis=0)
-            tops = tops + (top,)
-            weight = power_of_two(m[h] - for_lanes(gl.where(top == float("-inf"), 0.0, top), WARPS))
-            parts_of_totals = parts_of_totals + (keys_sum(norm[h]) * weight,)
-            weights = weights + (weight * (unit[h] * (1.0 / LARGEST)),)
-        shared = over_warps(parts_of_totals, WARPS)
-        totals = ()
-        for h in gl.static_range(FOURS):
-            totals = totals + (gl.sum(shared[h], axis=0),)
-        REGISTERS: gl.constexpr = 2 * ROWS * FOURS
-        parts = gl.allocate_shared_memory(
-            gl.float32, [WARPS, REGISTERS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        )  # fmt: skip
-        zeros = ()
-        for h in gl.static_range(FOURS):
-            zeros = zeros + (keys_sum(zero_acc[h]),)
-        scaled = ()
-        for i in gl.static_range(REGISTERS):
-            value = acc[i]
-            if V_KIND == "int4":
-                value = value * (1.0 if i % 2 == 0 else 0.0625) - zeros[i // 2 % FOURS]
-            scaled = scaled + (value * weights[i // 2 % FOURS],)
-        parts.permute((0, 2, 1)).store(join_all(scaled))
-        SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
-        RESULT: gl.constexpr = gl.SliceLayout(0, SUM)
-        result = gl.sum(parts.load(SUM), axis=0)
-        lane = gl.arange(0, 32, gl.SliceLayout(0, RESULT)).expand_dims(0)
-        register = gl.arange(0, REGISTERS, gl.SliceLayout(1, RESULT)).expand_dims(1)
-        group = register // 2 % FOURS
-        total = gl.full([REGISTERS, 32], 0.0, gl.float32, RESULT)
-        for h in gl.static_range(FOURS):
-            mine = gl.convert_layout(totals[h], gl.SliceLayout(0, RESULT)).expand_dims(0)
-            total = gl.where(group == h, mine, total)
-        result = result * gl.where(total == 0, 0.0, 1.0 / total)
-        d = row_dim(register // (2 * FOURS) * 2 + register % 2, lane // 4, V_KIND, V_WORDS, DIM)
-        r = tile * ROWS_HERE + group * 4 + lane % 4
+    # the warps' parts, in units of the largest score of all of them
+    tops = gl.max(over_warps((m,), WARPS)[0], axis=0)
+    weight = power_of_two(m - for_lanes(gl.where(tops == float("-inf"), 0.0, tops), WARPS))
+    totals = gl.sum(over_warps((keys_sum(norm) * weight,), WARPS)[0], axis=0)
+    weight = weight * (unit * (1.0 / LARGEST))
+    zeros = keys_sum(zero_acc)
+    scaled = ()
+    for i in gl.static_range(2 * ROWS):
+        value = acc[i]
+        if V_KIND == "int4":
+            value = value * (1.0 if i % 2 == 0 else 0.0625) - zeros
+        scaled = scaled + (value * weight,)
+    parts = gl.allocate_shared_memory(
+        gl.float32, [WARPS, 2 * ROWS, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )  # fmt: skip
+    parts.permute((0, 2, 1)).store(join_all(scaled))
+    SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])
+    RESULT: gl.constexpr = gl.SliceLayout(0, SUM)
+    result = gl.sum(parts.load(SUM), axis=0)
+    lane = gl.arange(0, 32, gl.SliceLayout(0, RESULT)).expand_dims(0)
+    register = gl.arange(0, 2 * ROWS, gl.SliceLayout(1, RESULT)).expand_dims(1)
+    total = gl.convert_layout(totals, gl.SliceLayout(0, RESULT)).expand_dims(0)
+    result = result * gl.where(total == 0, 0.0, 1.0 / total)
+    d = row_dim(register, lane // 4, V_KIND, V_WORDS, DIM)
+    r = tile * 4 + lane % 4
+    query = r // GROUP
+    pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
+    pointer += (head * GROUP + r % GROUP) * o_head
+    if SPLIT:
+        pointer += split.to(gl.int64) * o_split
+    gl.store(pointer + d, result.to(OUT.dtype.element_ty), mask=query < q_len)
+    if SPLIT:
+        lane = gl.arange(0, 32, EVERY)
+        r = tile * 4 + lane
         query = r // GROUP
-        pointer = OUT + batch * o_batch + query.to(gl.int64) * o_token
-        pointer += (head * GROUP + r % GROUP) * o_head
-        if SPLIT:
-            pointer += split.to(gl.int64) * o_split
-        gl.store(pointer + d, result.to(OUT.dtype.element_ty), mask=query < q_len)
-        if SPLIT:
-            heads: gl.constexpr = KV_HEADS * GROUP
-            lane = gl.arange(0, 32, EVERY)
-            for h in gl.static_range(FOURS):
-                r = tile * ROWS_HERE + 4 * h + lane
-                query = r // GROUP
-                index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
-                index = index * heads + head * GROUP + r % GROUP
-                lse = gl.where(totals[h] == 0, float("-inf"), tops[h] + log2(totals[h]))
-                gl.store(LSE + index, lse, mask=(lane < 4) & (query < q_len))
+        index = (split * (gl.num_programs(2) // splits) + batch) * q_len + query
+        index = index * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
+        lse = gl.where(totals == 0, float("-inf"), tops + log2(totals))
+        gl.store(LSE + index, lse, mask=(lane < 4) & (query < q_len))
