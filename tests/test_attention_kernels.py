@@ -144,6 +144,11 @@ def test_prefill_stays_in_registers(cache, dim, layout, arch):
     assert attend.count("HGMMA" if arch == 90 else "HMMA") > 0
 
 
+def test_rows_that_fill_half_a_tile_are_served_by_wgmma():
+    tile, (attend, *_) = compiled(meta_operands("float16", 8, 128), 90, causal=True)  # 32 rows
+    assert tile.block_m == 64 and attend.count("HGMMA") > 0
+
+
 def test_parts_cover_the_keys_evenly():
     from bitblas.kernels import attention
 
