@@ -233,7 +233,7 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
         block_m = max(16, 1 << (rows - 1).bit_length())
         tile = replace(tile, block_m=block_m, num_warps=4, num_stages=2)
         if quantised and block_m == 16:  # registers
-            tile = replace(tile, block_n=32 if dim > 128 else 64)
+            tile = replace(tile, block_n=32 if dim > 64 else 64)
     blocks = -(-rows // tile.block_m) * kv_heads * batch
     # parts enough for two blocks on each multiprocessor, of a few steps at least
     return replace(tile, splits=_parts(2 * multiprocessors // blocks, k_len, tile.block_n))
