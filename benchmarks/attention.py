@@ -219,6 +219,7 @@ def plan() -> list[tuple[str, Shape, list[Candidate], int]]:
     lengths = {8: (4096, 32768, 131072), 1: (4096, 32768, 131072), 32: (4096, 32768)}
     shapes = [Shape(batch, 32, 8, 1, n, 128) for batch in lengths for n in lengths[batch]]
     shapes += [Shape(8, 32, 8, 1, 32768, dim) for dim in (64, 256)]
+    shapes += [Shape(8, heads, 8, 1, 32768, 128) for heads in (8, 64)]
     jobs += [("decode", shape, [CUDNN, FLASH, OURS, *QUANTISED], 9) for shape in shapes]
     for batch, length, dim in (
         (1, 16384, 64), (1, 16384, 128), (1, 16384, 256), (4, 4096, 128), (16, 1024, 128),
@@ -232,9 +233,10 @@ def plan() -> list[tuple[str, Shape, list[Candidate], int]]:
             shape = Shape(batch, 16, 16, length, length, dim, causal)
             jobs.append(("prefill", shape, candidates, 7))
     whole, chunk = (Shape(1, 32, 8, q, k, 128, True) for q, k in ((8192, 8192), (512, 32768)))
-    jobs.append(("prefill", whole, [CUDNN, FLASH, OURS, *QUANTISED], 7))
+    for shape in (whole, Shape(1, 64, 8, 8192, 8192, 128, True), Shape(1, 8, 8, 8192, 8192, 128)):
+        jobs.append(("prefill", shape, [CUDNN, FLASH, OURS, *QUANTISED], 7))
     jobs.append(("chunk", chunk, [FLASH, OURS, *QUANTISED], 7))
-    for q_len in (4, 8, 16):
+    for q_len in (2, 4, 8, 16):
         shape = Shape(8, 32, 8, q_len, 32768, 128, True)
         jobs.append(("decode", shape, [FLASH, OURS, *QUANTISED], 9))
     return jobs
@@ -253,8 +255,7 @@ def compile_ahead(jobs: list[tuple[str, Shape, list[Candidate], int]]) -> None:
                 Q = torch.empty(shape.batch, shape.q_len, shape.heads, shape.dim).half()
                 K = cache.K.permute(0, 3, 2, 1) if layout == "ntn" else cache.K
                 given = kernels.Operands(Q, K, cache.V, **cache.extras)
-                sms = properties.multi_processor_count
-                for source in kernels.sources(given, shape.causal, arch, sms):
+                for source in kernels.sources(given, shape.causal, torch.device("cuda", 0)):
                     found[source.key] = source
     compile_sources(list(found.values()), arch, os.cpu_count() or 1)
 

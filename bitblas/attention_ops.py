@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,9 +16,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_config import FlashAttenConfig
 from .attention_operands import check_call, check_output
+from .config import TORCH_DTYPES
 from .log import logger
-from .quantization.kv_cache import QuantizedKV
+from .quantization.kv_cache import KV_DTYPES, QuantizedKV
 from .torch_ops import share_memory
+
+if TYPE_CHECKING:
+    from .kernels.compile import Source
 
 BACKENDS = ("auto", "triton", "cudnn", "flash", "math", "torch")
 _TORCH_BACKENDS = {
@@ -49,25 +53,28 @@ def choose(
     K: torch.Tensor,
     V: torch.Tensor,
     lengths_vary: bool = False,
+    device: torch.device | None = None,
 ) -> str:
     """What serves a call: the backend that is asked for, or for "auto" what should be fastest.
 
-    lengths_vary: kv_len is a tensor. Raises ValueError where the backend cannot serve the call.
+    lengths_vary: kv_len is a tensor. device: where the operands will be, if not there yet. Raises
+    ValueError where the backend cannot serve the call.
     """
-    gpu = Q.device.type == "cuda"
+    device = device or Q.device
+    gpu = device.type == "cuda"
     q_len, k_len = Q.shape[1], V.shape[1]
     if backend == "auto":
         if not gpu or config.dim > _MOST_DIM:
             return "torch"
         oblique = config.is_causal and q_len != k_len
-        in_place = config.is_quantized and _rows(config, q_len) <= MOST_ROWS_IN_PLACE
+        in_place = config.is_quantized and not _expands(config, q_len)
         few = _rows(config, q_len) <= 16
-        if in_place or few or lengths_vary or oblique or not _cudnn_serves(Q, K, V):
+        if in_place or few or lengths_vary or oblique or not _cudnn_serves(Q, K, V, device):
             return "triton"
         return "cudnn"
     if backend in ("triton", "cudnn", "flash"):
         if not gpu:
-            raise ValueError(f"backend: {backend!r} runs on GPUs, Q is on {Q.device}")
+            raise ValueError(f"backend: {backend!r} runs on GPUs, Q is on {device}")
         if config.dim > _MOST_DIM:
             raise ValueError(
                 f"backend: {backend!r} takes dims of up to {_MOST_DIM}, got {config.dim}"
@@ -82,10 +89,10 @@ def choose(
     return backend
 
 
-def _cudnn_serves(Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> bool:
-    """Whether torch hands attention over to cuDNN."""
+def _cudnn_serves(Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, device: torch.device) -> bool:
+    """Whether torch hands attention on a device over to cuDNN."""
     version = torch.backends.cudnn.version() or 0
-    capability = torch.cuda.get_device_capability(Q.device)
+    capability = torch.cuda.get_device_capability(device)
     most_dim = 256 if capability == (9, 0) and version >= 91000 else 128
     return (
         version >= 90000
@@ -102,6 +109,11 @@ def _rows(config: FlashAttenConfig, q_len: int) -> int:
     """Queries that read one key head."""
     assert config.kv_heads is not None
     return config.heads // config.kv_heads * q_len
+
+
+def _expands(config: FlashAttenConfig, q_len: int) -> bool:
+    """Whether quantised keys and values become 16-bit copies first."""
+    return config.is_quantized and _rows(config, q_len) > MOST_ROWS_IN_PLACE
 
 
 @cache
@@ -163,7 +175,7 @@ def _by_own_kernels(
 ) -> torch.Tensor:
     from .kernels import attention as kernels
 
-    if config.is_quantized and _rows(config, Q.shape[1]) > MOST_ROWS_IN_PLACE:
+    if _expands(config, Q.shape[1]):
         K, V, numbers = _expanded(config, Q, K, V, numbers)
     into = out
     if out is None or out.stride(3) != 1 or any(share_memory(out, x) for x in (Q, K, V)):
@@ -191,6 +203,49 @@ def _expanded(
     if config.V_dtype != config.Q_dtype:
         V = kernels.expand(V, Q, *numbers[2:])
     return K, V, (None,) * 4
+
+
+def sources(
+    config: FlashAttenConfig, backend: str, q_len: int, device: torch.device
+) -> list[Source]:
+    """The kernels of a GPU's calls with q_len queries, of the config's batch and length, with an
+    int32 tensor as kv_len and without; scales have Q's dtype."""
+    from .kernels import attention as kernels
+
+    dtype = TORCH_DTYPES[config.Q_dtype]
+    found = []
+    with torch.device("meta"):
+        Q = torch.empty((config.batch, q_len, config.heads, config.dim), dtype=dtype)
+        K, *k_numbers = _empty_cache(config, config.K_dtype, dtype)
+        V, *v_numbers = _empty_cache(config, config.V_dtype, dtype)
+        if config.layout == "ntn":
+            K = K.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+        for lengths in (None, torch.empty(config.batch, dtype=torch.int32)):
+            try:
+                choice = choose(config, backend, Q, K, V, lengths is not None, device)
+            except ValueError:  # there are no such calls
+                continue
+            given = kernels.Operands(Q, K, V, *k_numbers, *v_numbers)
+            if choice in ("cudnn", "flash") or choice == "triton" and _expands(config, q_len):
+                wide = torch.empty(V.shape[:3] + Q.shape[3:], dtype=dtype)
+                if config.K_dtype != config.Q_dtype or K.stride(3) != 1:
+                    found.append(kernels.expand_source(K, wide, k_numbers, device))
+                if config.V_dtype != config.Q_dtype:
+                    found.append(kernels.expand_source(V, wide, v_numbers, device))
+                given = kernels.Operands(Q, wide, wide)
+            if choice == "triton":
+                given = given._replace(lengths=lengths)
+                found += kernels.sources(given, config.is_causal, device)
+    return found
+
+
+def _empty_cache(config: FlashAttenConfig, kind: str, dtype: torch.dtype) -> list[Any]:
+    """Keys or values of a config, scale and zeros."""
+    assert config.kv_heads is not None
+    shape = (config.batch, config.seq_len, config.kv_heads, config.dim)
+    if kind in KV_DTYPES:
+        return list(QuantizedKV.empty(*shape, kind, dtype))
+    return [torch.empty(shape, dtype=dtype), None, None]
 
 
 def differentiable(

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import attention_ops
+from .attention import FlashAtten
+from .attention_config import FlashAttenConfig
 from .config import MatmulConfig
 from .linear import Linear
 from .matmul import Matmul, hinted_rows
@@ -31,8 +34,17 @@ class _Product:
     quantizes: bool = False  # a layer's whose input, taken to be of out_dtype, is quantised first
 
 
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """A kind of call of FlashAtten, except for its queries."""
+
+    config: FlashAttenConfig
+    device: torch.device
+    backend: str
+
+
 def warmup(
-    what: nn.Module | MatmulConfig | Matmul | Iterable[Any],
+    what: nn.Module | MatmulConfig | Matmul | FlashAttenConfig | FlashAtten | Iterable[Any],
     m: int | Iterable[int] | None = None,
     device: torch.device | str | None = None,
     workers: int | None = None,
@@ -40,15 +52,18 @@ def warmup(
 ) -> None:
     """Compile, and load, the kernels that calls with m rows of A will need.
 
-    what: a module (its bitblas.Linear layers), a Matmul, a MatmulConfig, or several of those.
-    m: one or more numbers of rows; by default each config's hint M. device: where the calls will
-    run; by default where a layer lies and what an operator is for. workers: how many processes
-    compile at once; by default the CPUs of this one. Layers that quantise their input are prepared
-    for one in their out_dtype.
+    what: a module (its bitblas.Linear layers), a Matmul, a FlashAtten, a config of those, or
+    several of all that. m: one or more numbers of rows, for attention of queries; by default each
+    config's hint M, for attention 1 and seq_len. device: where the calls will run; by default where
+    a layer lies and what an operator is for. workers: how many processes compile at once; by
+    default the CPUs of this one. Layers that quantise their input are prepared for one in their
+    out_dtype.
 
     Each distinct kernel is compiled once, in processes that see no GPU, and kept in Triton's disk
     cache, so that later processes find it too. 8-bit activations are prepared for with and without
-    an input_scale. On the CPU kernels take well under a second and are compiled in this process.
+    an input_scale, attention for caches of the config's batch and seq_len, with an int32 tensor as
+    kv_len and without. On the CPU kernels take well under a second and are compiled in this
+    process; attention has none.
 
     Raises TypeError or ValueError for arguments that it cannot use, RuntimeError where a kernel
     does not compile.
@@ -60,13 +75,24 @@ def warmup(
     calls = [
         (product, count)
         for product in products
-        if not product.config.is_dense
-        for count in rows or hinted_rows(product.config)
+        if isinstance(product, _Attention) or not product.config.is_dense
+        for count in rows or _expected_rows(product)
     ]
-    _warm_cpu([call for call in calls if call[0].device.type == "cpu"], progress)
+    on_cpu = [
+        (product, count)
+        for product, count in calls
+        if isinstance(product, _Product) and product.device.type == "cpu"
+    ]
+    _warm_cpu(on_cpu, progress)
     for index in sorted({call[0].device.index for call in calls if call[0].device.type == "cuda"}):
         here = [call for call in calls if call[0].device == torch.device("cuda", index)]
         _warm_gpu(here, index, workers or _cpus(), progress)
+
+
+def _expected_rows(product: _Product | _Attention) -> tuple[int, ...]:
+    if isinstance(product, _Product):
+        return hinted_rows(product.config)
+    return tuple(sorted({1, product.config.seq_len}))
 
 
 def _checked_rows(m: int | Iterable[int] | None) -> tuple[int, ...]:
@@ -90,7 +116,7 @@ def _device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _products(what: Any, device: torch.device | None) -> Iterator[_Product]:
+def _products(what: Any, device: torch.device | None) -> Iterator[_Product | _Attention]:
     if isinstance(what, nn.Module):
         layers = [layer for layer in what.modules() if isinstance(layer, Linear)]
         if not layers:
@@ -111,13 +137,17 @@ def _products(what: Any, device: torch.device | None) -> Iterator[_Product]:
         yield _Product(
             config, device or _device("cuda" if operator.target.is_gpu else "cpu"), dtypes
         )
+    elif isinstance(what, (FlashAtten, FlashAttenConfig)):
+        attention = what if isinstance(what, FlashAtten) else FlashAtten(what)
+        where = device or _device("cuda" if attention.target.is_gpu else "cpu")
+        yield _Attention(attention.config, where, attention.backend)
     elif isinstance(what, Iterable) and not isinstance(what, (str, bytes, torch.Tensor)):
         for part in what:
             yield from _products(part, device)
     else:
         raise TypeError(
-            f"what: got {type(what).__name__}, expected a module, a Matmul, a MatmulConfig or "
-            "several of those"
+            f"what: got {type(what).__name__}, expected a module, a Matmul, a FlashAtten, "
+            "one of their configs or several of those"
         )
 
 
@@ -151,16 +181,19 @@ def _warm_cpu(calls: Sequence[tuple[_Product, int]], progress: bool) -> None:
 
 
 def _warm_gpu(
-    calls: Sequence[tuple[_Product, int]], index: int, workers: int, progress: bool
+    calls: Sequence[tuple[_Product | _Attention, int]], index: int, workers: int, progress: bool
 ) -> None:
     from .kernels import gpu, prepared
 
     found: dict[str, Source] = {}
     arch = prepared.architecture(index)
     for product, m in calls:
-        sources = gpu.sources(product.config, m, product.device, product.dtypes)
-        if product.quantizes:
-            sources.append(gpu.quantizer_source(product.config, m, arch))
+        if isinstance(product, _Attention):
+            sources = attention_ops.sources(product.config, product.backend, m, product.device)
+        else:
+            sources = gpu.sources(product.config, m, product.device, product.dtypes)
+            if product.quantizes:
+                sources.append(gpu.quantizer_source(product.config, m, arch))
         for source in sources:
             found.setdefault(source.key, source)
     compile_sources(list(found.values()), arch, workers, progress)

@@ -79,6 +79,32 @@ def draw(
     return Problem(config, (Q, K, V), extras)
 
 
+def meta_operands(
+    cache: str,
+    q_len: int,
+    dim: int,
+    dtype: torch.dtype = torch.float16,
+    heads: int = 32,
+    layout: str = "nnn",
+) -> Any:
+    """A kernel's, without data: of a batch of 8 with 8 key heads and 32768 keys."""
+    from bitblas.kernels import attention
+
+    def meta(shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    kinds = {"int8": torch.int8, "int4": torch.int8, "e4m3_float8": torch.float8_e4m3fn}
+    width = dim // 2 if cache == "int4" else dim
+    keys = meta((8, 32768, 8, width), kinds.get(cache, dtype))
+    number = None if cache == "float16" else meta((8, 8, 32768), dtype).transpose(1, 2)
+    zeros = number if cache == "int4" else None
+    K = keys
+    if layout == "ntn":
+        K = meta((8, width, 8, 32768), keys.dtype).permute(0, 3, 2, 1)
+    Q = meta((8, q_len, heads, dim), dtype)
+    return attention.Operands(Q, K, keys, number, zeros, number, zeros)
+
+
 def cache_of(problem: Problem, which: str) -> QuantizedKV:
     """The quantised keys ("k") or values ("v") of a problem of layout "nnn"."""
     codes = problem.tensors[1 if which == "k" else 2]

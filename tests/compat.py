@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_cases import CACHES, meta_operands
 
 import bitblas.kernels
 from bitblas.config import (
@@ -146,6 +147,50 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """A call of FlashAtten with keys and values of one kind, 32768 of them."""
+
+    cache: str
+    dtype: str
+    dim: int
+    q_len: int
+    layout: str
+    arch: int
+    family = "attention"
+
+    def launches(self) -> list[Any]:
+        from bitblas.kernels import attention
+
+        dtype = TORCH_DTYPES[self.dtype]
+        given = meta_operands(self.cache, self.q_len, self.dim, dtype, layout=self.layout)
+        tile = attention.tile_for(given, self.arch, 132, 32768)
+        found = attention.launches(given, torch.empty_like(given.Q), True, tile, self.arch)
+        if self.cache != "float16" or self.layout == "ntn":
+            wide = meta((*given.V.shape[:3], self.dim), dtype)
+            numbers = given.k_scale, given.k_zeros
+            found.append(attention.expand_launch(given.K, wide, *numbers, self.arch))
+        return found
+
+    def complaints(self, kernel: str, found: Any, wide: list[str]) -> list[str]:
+        if kernel in ("combine", "expand"):
+            return []
+        wrong = [] if found.count(*MATRIX) else ["no matrix instructions"]
+        narrow = self.dim % 64 or (self.cache, self.dim) == ("int4", 64)  # a piece of 8 bytes
+        if kernel != "attend" and not wide and not narrow:
+            wrong.append("no 16-byte loads")
+        return wrong
+
+    def __str__(self) -> str:
+        return (
+            f"attention sm_{self.arch} {self.dtype}, cache {self.cache} {self.layout}, "
+            f"{self.q_len} queries, dim {self.dim}"
+        )
+
+
+Examined = Case | Rows | Attention
+
+
+@dataclass(frozen=True)
 class Finding:
     """What became of one kernel of a case; complaints: the rules that it breaks."""
 
@@ -174,6 +219,16 @@ def rows() -> list[Rows]:
     sizes = ((1, 4096), (4096, 1000), (256, 14336), (16, 40960), (3, 1001))
     drawn = itertools.product(sizes, FLOAT_ACTIVATIONS, QUANTIZED_ACTIVATIONS, SHARED)
     return [Rows(given, dtype, m, k, arch) for (m, k), given, dtype, arch in drawn][::4]
+
+
+def attentions(everything: bool = False) -> list[Attention]:
+    """What to compile of attention."""
+    queries = (1, 3, 8, 24, 512)
+    drawn = itertools.product(
+        CACHES, ("float16", "bfloat16"), (128, 64, 256, 72), queries, ("nnn", "ntn"), SHARED
+    )
+    found = [Attention(*fields) for fields in drawn]
+    return found if everything else random.Random(0).sample(found, 60)
 
 
 def cases(family: str, everything: bool = False) -> Iterator[Case]:
@@ -238,11 +293,13 @@ def most_local_bytes(family: str) -> int:
     """Of stack and spilled registers. Large-m tiles of the portable family can fill all registers:
     up to 80 bytes then pass through memory, in a dozen of some thousand instructions. Decode tiles
     are chosen so that they fit; a few miss it by 2 to 16 words. In the batch families the warps
-    that prepare scales keep what does not change in memory."""
-    return {"portable": 96, "decode": 64, "batch": 96, "batch8": 96}.get(family, 0)
+    that prepare scales keep what does not change in memory: up to 112 bytes, 176 with Triton 3.7.
+    Of attention, 64 rows of int8 and dim 256 of 16 bits spill, more with Triton 3.9 than before."""
+    most = {"portable": 96, "decode": 64, "batch": 192, "batch8": 144, "attention": 160}
+    return most.get(family, 0)
 
 
-def examine(case: Case | Rows) -> list[Finding]:
+def examine(case: Examined) -> list[Finding]:
     """Compile the kernels of a case and read their machine code."""
     from bitblas.kernels import compile as compiler
 
@@ -274,7 +331,7 @@ def examine(case: Case | Rows) -> list[Finding]:
     return found
 
 
-def _row(case: Case | Rows) -> dict[str, Any]:
+def _row(case: Examined) -> dict[str, Any]:
     """The findings of a case as JSON can hold them, or what went wrong."""
     try:
         return {"case": str(case), "findings": [vars(finding) for finding in examine(case)]}
@@ -291,7 +348,7 @@ def _reason(error: BaseException) -> str:
     return "\n    ".join([*where.splitlines()[-5:], *text.splitlines()[-8:]])
 
 
-def _examined(chosen: Sequence[Case | Rows]) -> Iterator[dict[str, Any]]:
+def _examined(chosen: Sequence[Examined]) -> Iterator[dict[str, Any]]:
     """The rows of the cases, in parallel; one by one those left when the compiler aborts."""
     left = dict.fromkeys(chosen)
     with (
@@ -316,10 +373,11 @@ def worker(family: str | None, everything: bool) -> None:
     import triton
 
     torch.set_num_threads(1)
-    chosen: list[Case | Rows] = [
+    chosen: list[Examined] = [
         case for name in families() if family in (None, name) for case in cases(name, everything)
     ]
     chosen += rows() if family in (None, Rows.family) else []
+    chosen += attentions(everything) if family in (None, Attention.family) else []
     print(json.dumps({"version": triton.__version__, "cases": len(chosen)}), flush=True)
     for row in _examined(chosen):
         print(json.dumps(row), flush=True)

@@ -1,5 +1,5 @@
 """Gluon kernels that work lane by lane, run on the CPU: a stand-in for the names of Gluon and for
-the PTX instructions that attention_decode_kernels uses, in NumPy.
+the PTX instructions that the attention kernels use, in NumPy.
 
 Tensors are arrays, whatever their layout; an element of [WARPS, 32] is what a lane has. Every load
 and store is checked to lie within its operand.
@@ -166,6 +166,32 @@ def mma(bf16: bool, *registers: Any) -> tuple[Tensor, ...]:
     )
 
 
+def integer_mma(unsigned: bool, *registers: Any) -> tuple[Tensor, ...]:
+    """m16n8k32 of bytes; the columns' are signed."""
+    a, b, c = registers[:4], registers[4:6], registers[6:]
+    group, quad = LANE // 4, LANE % 4
+    warps = a[0].data.shape[0]
+    rows = np.zeros((warps, 16, 32), np.int64)
+    columns = np.zeros((warps, 32, 8), np.int64)
+    for i, x in enumerate(a):
+        for h in range(4):
+            taken = bytes_of(x).view(np.uint8 if unsigned else np.int8)
+            rows[:, group + 8 * (i % 2), 4 * quad + h + 16 * (i // 2)] = taken[..., h]
+    for i, x in enumerate(b):
+        for h in range(4):
+            columns[:, 4 * quad + h + 16 * i, group] = bytes_of(x)[..., h]
+    product = rows @ columns
+    assert np.abs(product).max() < 2**31
+    return tuple(
+        Tensor((x.data + product[:, group + 8 * (i // 2), 2 * quad + i % 2]).astype(np.int32))
+        for i, x in enumerate(c)
+    )
+
+
+def bytes_of(x: Any) -> np.ndarray:
+    return np.ascontiguousarray(x.data, np.int32)[..., None].view(np.int8)
+
+
 def prmt(x: Tensor, y: Tensor, selector: int) -> Tensor:
     both = [np.ascontiguousarray(v.data, np.int32)[..., None].view(np.uint8) for v in (x, y)]
     table = np.concatenate(np.broadcast_arrays(*both), -1)
@@ -199,6 +225,8 @@ def of_lane(x: Tensor, lane: Tensor) -> Tensor:
 
 
 INSTRUCTIONS = {  # the first whose name occurs in the text
+    "mma.sync.aligned.m16n8k32.row.col.s32.u8": lambda *x: integer_mma(True, *x),
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": lambda *x: mma(True, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": lambda *x: mma(False, *x),
     "prmt.b32": prmt,
@@ -207,6 +235,8 @@ INSTRUCTIONS = {  # the first whose name occurs in the text
     "cvt.rn.bf16x2.f32": lambda x, y: pack(True, x, y),
     "cvt.rn.f16x2.f32": lambda x, y: pack(False, x, y),
     "cvt.f32.f16": unpack,
+    "max.NaN": lambda x, y: Tensor(np.maximum(x.data, y.data)),
+    "rcp.approx": lambda x: Tensor(1 / x.data),
     "ex2.approx": lambda x: Tensor(np.exp2(x.data)),
     "lg2.approx": lambda x: Tensor(np.log2(x.data)),
     "shfl.sync.bfly": lambda x, mask: Tensor(x.data[:, LANE ^ mask]),
@@ -256,6 +286,11 @@ def store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
     pointer.elements()[places] = np.broadcast_to(value.data, shape)[inside]
 
 
+def fma(x: Any, y: Any, z: Any) -> np.ndarray:
+    """In float64, as good as with one rounding."""
+    return (np.float64(x) * np.float64(y) + np.float64(z)).astype(np.float32)
+
+
 def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
     """What stands in for gluon.language in one block."""
     nothing = lambda *_, **__: None  # noqa: E731
@@ -263,7 +298,7 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
         name: lambda *x, f=function: Tensor(f(*map(_data, x)))
         for name, function in {
             "maximum": np.fmax, "minimum": np.minimum, "abs": np.abs,
-            "fma": lambda x, y, z: x * y + z,
+            "fma": fma,
         }.items()
     }  # fmt: skip
     return SimpleNamespace(
@@ -286,10 +321,15 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def run(module: Path, kernel: str, grid: Sequence[int], arguments: dict[str, Any]) -> None:
-    """Start a kernel of a module's source text, block after block. Tensors become pointers."""
-    source = re.sub(r"^from \..*$", "", module.read_text(), flags=re.MULTILINE)
-    code = compile(source, str(module), "exec")
+IMPORT = re.compile(r"^from \.\S+ import (\([^)]*\)|.*$)", re.MULTILINE)
+
+
+def run(
+    modules: Sequence[Path], kernel: str, grid: Sequence[int], arguments: dict[str, Any]
+) -> None:
+    """Start a kernel of modules' source texts, each of which may use those before it, block after
+    block. Tensors become pointers."""
+    codes = [compile(IMPORT.sub("", x.read_text()), str(x), "exec") for x in modules]
     elements = {torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: np.int8}
     given = {}
     for name, value in arguments.items():
@@ -310,6 +350,7 @@ def run(module: Path, kernel: str, grid: Sequence[int], arguments: dict[str, Any
             "let_next_kernel_start": lambda: None,
             "keep_loads_here": lambda: None,
         }
-        exec(code, names)
+        for code in codes:
+            exec(code, names)
         with np.errstate(all="ignore"):
             names[kernel](**given)

@@ -14,12 +14,13 @@ import sys
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # before torch is imported
 
+import attention_cases
 import torch
 from compat import make_config
 from problems import Problem, draw, relative_error, tolerance
 
 from bitblas import quantize_activation
-from bitblas.kernels import batch, batch8, decode, gpu, portable
+from bitblas.kernels import attention, batch, batch8, decode, gpu, portable
 from bitblas.kernels.decode import Tile
 from bitblas.kernels.prepared import execute
 
@@ -51,6 +52,17 @@ BATCH8 = [
 PORTABLE = [  # both kernels
     ("uint4", "float16", "original", 72, 416, 32, 4, "gemv"),
     ("uint4", "float16", "original", 72, 416, 32, 24, "gemm"),
+]
+
+# key heads, queries of each, keys, dim, kinds of K and V, tile; two sequences, one of few keys
+ATTENTION = [
+    (2, 4, 203, 64, "int4", "int8", attention.Tile(4, 32, 2, 1, 3, "codes")),
+    (4, 3, 203, 128, "int8", "int4", attention.Tile(4, 32, 4, 1, 2, "codes")),
+    (2, 4, 131, 256, "int4", "int4", attention.Tile(4, 64, 2, 1, 1, "codes")),
+    (2, 5, 131, 64, "e4m3_float8", "float16", attention.Tile(8, 16, 4, 1, 3, "few")),
+    (1, 9, 131, 128, "int4", "float16", attention.Tile(16, 32, 4, 2, 1, "few")),
+    (2, 20, 131, 72, "int8", "int4", attention.Tile(32, 64, 4, 2, 2)),
+    (2, 70, 131, 64, "float16", "float16", attention.Tile(64, 64, 4, 2)),
 ]
 
 
@@ -85,6 +97,28 @@ def quantiser_is_wrong(m: int, k: int) -> bool:
     return not same
 
 
+def attention_is_wrong(kv_heads, rows, k_len, dim, k, v, tile) -> bool:
+    problem = attention_cases.draw(
+        2, 1, kv_heads * rows, kv_heads, k_len, dim, caches=(k, v), lengths=[k_len, 7]
+    )
+    given = {name: moved(x) for name, x in problem.extras.items()}
+    lengths = given.pop("kv_len")
+    operands = attention.Operands(*map(moved, problem.tensors), **given, lengths=lengths)
+    out = torch.empty_like(operands.Q)
+    major, minor = torch.cuda.get_device_capability()
+    execute(attention.launches(operands, out, False, tile, 10 * major + minor), out.device)
+    torch.cuda.synchronize()
+    error = relative_error(out.cpu(), problem.expected())
+    print(f"{error:.1e}  attention {kv_heads} x {rows}, {k_len} keys, {k} {v} {tile}", flush=True)
+    return error > attention_cases.TOLERANCE["float16"]
+
+
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """On the GPU, with the strides that scales of a cache have."""
+    storage = torch.empty(0, dtype=x.dtype, device="cuda").set_(x.untyped_storage().cuda())
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def main() -> int:
     failed = sum(quantiser_is_wrong(m, k) for m, k in ((3, 100), (2050, 7), (2, 33000)))
     families = ((decode, DECODE), (batch, BATCH), (batch8, BATCH8))
@@ -104,6 +138,7 @@ def main() -> int:
         )
         torch.cuda.synchronize()
         failed += wrong(problem, out, (*case, kernel))
+    failed += sum(attention_is_wrong(*case) for case in ATTENTION)
     return 1 if failed else 0
 
 

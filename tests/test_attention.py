@@ -246,10 +246,10 @@ def test_cudnn_gets_aligned_operands_only(monkeypatch, which):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     tensors = list(plain().tensors)
-    assert attention_ops._cudnn_serves(*tensors)
+    assert attention_ops._cudnn_serves(*tensors, tensors[0].device)
     x = tensors[which]
     tensors[which] = x.new_zeros(x.numel() + 1)[1:].view(x.shape)
-    assert not attention_ops._cudnn_serves(*tensors)
+    assert not attention_ops._cudnn_serves(*tensors, tensors[0].device)
 
 
 @pytest.mark.parametrize("backend", ["math", "torch"])

@@ -4,10 +4,13 @@ import pytest
 import torch
 from attention_cases import CACHES, draw
 
+import bitblas
 from bitblas import FlashAtten, QuantizedKV, quantize_kv, reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+from bitblas.kernels import compile as compiler
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +35,24 @@ def test_few_queries(k_cache, v_cache, dim):
     run(draw(q_len=1, k_len=1003, **shape))
     run(draw(q_len=1, k_len=1003, lengths=[1003, 77], causal=True, **shape))
     run(draw(q_len=3, k_len=517, causal=True, **shape))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("dim, q_len", [(128, 1), (256, 1), (128, 4)])
+def test_many_keys_whose_values_nearly_cancel(cache, dim, q_len):
+    shape = dict(batch=1, heads=8, kv_heads=2, dim=dim, caches=(cache, cache), device="cuda")
+    run(draw(q_len=q_len, k_len=131001, **shape))
+
+
+def test_after_warmup_nothing_is_compiled(monkeypatch):
+    problem = draw(batch=1, heads=8, k_len=700, dim=128, caches=("int4", "int8"), device="cuda")
+    bitblas.warmup(problem.config, m=1, progress=False)
+
+    def refuse(*arguments):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(compiler.Source, "_compile", refuse)
+    run(problem)
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -1,10 +1,14 @@
 """The host side of attention on a GPU, on a driver that runs nothing: what is started with what,
 and what calls keep."""
 
+from functools import partial
+
 import pytest
 import torch
 from attention_cases import draw
 from fake_cuda import FakeCuda, install
+
+from bitblas import attention_ops
 
 pytest.importorskip("triton")
 from bitblas.kernels import attention
@@ -106,3 +110,38 @@ def test_expanding_copies_what_neither_tokens_nor_dims_have_contiguous(cuda):
     found = arguments(cuda.launched[0], launch)
     assert found["X"] != K.data_ptr()
     assert (found["x_token"], found["x_head"]) == (128 // 8, 64 // 8)
+
+
+@pytest.mark.parametrize(
+    "cache, layout, q_len",
+    [("int4", "nnn", 1), ("float16", "nnn", 3), ("int8", "nnn", 200), ("float16", "ntn", 200)],
+)
+def test_warm_up_finds_the_kernels_that_calls_start(cuda, monkeypatch, cache, layout, q_len):
+    monkeypatch.setattr(attention_ops, "_cudnn_serves", lambda *_: True)
+    started = set()
+
+    def spy(make, *arguments):
+        steps = make(*arguments)
+        started.update(Source(x).key for x in (steps if isinstance(steps, list) else [steps]))
+        return steps
+
+    for name in ("launches", "expand_launch"):
+        monkeypatch.setattr(attention, name, partial(spy, getattr(attention, name)))
+    problem = draw(2, q_len, 8, 2, 300, 64, "bfloat16", (cache, cache), layout)
+    device = torch.device("cuda", 0)
+    found = {x.key for x in attention_ops.sources(problem.config, "auto", q_len, device)}
+    started.clear()
+    Q, K, V = problem.tensors
+    if layout == "ntn":
+        K = K.permute(0, 3, 2, 1)
+    given = attention.Operands(Q, K, V, **problem.extras)
+    if q_len == 200:  # 16-bit copies for cuDNN, and where Triton serves but quantised caches not
+        attention.expand(K, Q, given.k_scale, None)
+        if cache == "int8":
+            attention.expand(V, Q, given.v_scale, None)
+            given = attention.Operands(Q, *(torch.empty(2, 300, 2, 64).bfloat16() for _ in "KV"))
+    else:
+        attention.run(given, torch.empty_like(Q), False)
+    lengths = torch.ones(2, dtype=torch.int32)
+    attention.run(given._replace(lengths=lengths), torch.empty_like(Q), False)
+    assert started == found

@@ -13,7 +13,7 @@ from functools import partial
 import compat
 import pytest
 import torch
-from attention_cases import CACHES, cache_of, draw
+from attention_cases import CACHES, cache_of, draw, meta_operands
 from interpreter import interpret_all, print_results
 
 pytest.importorskip("triton")
@@ -100,28 +100,6 @@ def test_interpreted_kernels_agree_with_float64(name, interpreted):
 # --- machine code ----------------------------------------------------------------------------
 
 
-def meta(shape, dtype):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def operands(cache, q_len, dim, dtype=torch.float16, heads=32, layout="nnn"):
-    """Of a batch of 8 with 8 key heads and 32768 keys."""
-    from bitblas.kernels import attention
-
-    kind = {"int8": torch.int8, "int4": torch.int8, "e4m3_float8": torch.float8_e4m3fn}
-    width = dim // 2 if cache == "int4" else dim
-    keys = meta((8, 32768, 8, width), kind.get(cache, dtype))
-    number = None
-    if cache != "float16":
-        number = meta((8, 8, 32768), dtype).transpose(1, 2)
-    zeros = number if cache == "int4" else None
-    K = keys
-    if layout == "ntn":
-        K = meta((8, width, 8, 32768), keys.dtype).permute(0, 3, 2, 1)
-    Q = meta((8, q_len, heads, dim), dtype)
-    return attention.Operands(Q, K, keys, number, zeros, number, zeros)
-
-
 def compiled(given, arch, causal=False):
     """Statistics of the launches of the default tile."""
     from bitblas.kernels import attention
@@ -140,14 +118,16 @@ def compiled(given, arch, causal=False):
 FEW = [(cache, 128, 1, torch.float16, 90) for cache in CACHES]
 FEW += [("int4", 64, 1, torch.bfloat16, 90), ("int4", 256, 1, torch.float16, 90)]
 FEW += [("int8", 128, 4, torch.float16, 90), ("int4", 128, 1, torch.float16, 80)]
+FEW += [("int4", 128, 2, torch.bfloat16, 90)]
 
 
 @pytest.mark.skipif(versions.why_no_gluon() is not None, reason="no Gluon")
 @pytest.mark.parametrize("cache, dim, q_len, dtype, arch", FEW)
 def test_few_queries_read_caches_in_large_pieces(cache, dim, q_len, dtype, arch):
-    tile, (attend, *_) = compiled(operands(cache, q_len, dim, dtype), arch, causal=True)
-    assert tile.kernel == "few"
-    assert attend.count("HMMA") > 0
+    tile, (attend, *_) = compiled(meta_operands(cache, q_len, dim, dtype), arch, causal=True)
+    integers = cache in ("int8", "int4") and q_len == 1
+    assert tile.kernel == ("codes" if integers else "few")
+    assert attend.count("IMMA" if integers else "HMMA") > 0
     piece = ".64" if (cache, dim) == ("int4", 64) else ".128"  # a quarter of a key
     assert any(op.startswith("LDG") and op.endswith(piece) for op in attend.opcodes)
     assert not attend.count("LDGSTS")
@@ -158,10 +138,15 @@ def test_few_queries_read_caches_in_large_pieces(cache, dim, q_len, dtype, arch)
     "cache, dim, layout", [("float16", 128, "ntn"), ("float16", 64, "nnn"), ("int8", 128, "nnn")]
 )
 def test_prefill_stays_in_registers(cache, dim, layout, arch):
-    given = operands(cache, 24, dim, heads=32, layout=layout)
+    given = meta_operands(cache, 24, dim, heads=32, layout=layout)
     tile, (attend, *_) = compiled(given, arch, causal=True)
     assert tile.kernel == "many"
     assert attend.count("HGMMA" if arch == 90 else "HMMA") > 0
+
+
+def test_rows_that_fill_half_a_tile_are_served_by_wgmma():
+    tile, (attend, *_) = compiled(meta_operands("float16", 8, 128), 90, causal=True)  # 32 rows
+    assert tile.block_m == 64 and attend.count("HGMMA") > 0
 
 
 def test_parts_cover_the_keys_evenly():
@@ -177,7 +162,7 @@ def test_caches_that_grow_keep_their_kernels():
     from bitblas.kernels import attention
     from bitblas.kernels.compile import Source
 
-    given = operands("int8", 1, 128)
+    given = meta_operands("int8", 1, 128)
     tile = attention.tile_for(given, 80, 132, 32768)
     steps = [
         attention.launches(given, torch.empty_like(given.Q), False, replace(tile, splits=n), 80)

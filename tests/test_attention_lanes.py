@@ -1,4 +1,4 @@
-"""The Gluon kernel for few queries on the CPU, by the stand-in of lanes.py: results of every kind
+"""The Gluon kernels for few queries on the CPU, by the stand-in of lanes.py: results of every kind
 of cache and number of queries, and that no address lies outside an operand."""
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from bitblas.kernels.launch import Workspace
 if versions.why_no_gluon() is not None:
     pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
 
-KERNELS = Path(attention.__file__).with_name("attention_decode_kernels.py")
+FOLDER = Path(attention.__file__).parent
+MODULES = [FOLDER / f"attention_{name}_kernels.py" for name in ("decode", "codes")]
+INTEGERS = [("int8", "int8"), ("int4", "int4"), ("int4", "int8"), ("int8", "int4")]
 
 
 def run(problem: Problem, tile: attention.Tile) -> torch.Tensor:
@@ -33,7 +35,7 @@ def run(problem: Problem, tile: attention.Tile) -> torch.Tensor:
         name: torch.full(x.shape, float("nan"), dtype=x.dtype) if isinstance(x, Workspace) else x
         for name, x in attend.arguments.items()
     }
-    lanes.run(KERNELS, "attend_few", attend.grid, given | attend.constants)
+    lanes.run(MODULES, f"attend_{tile.kernel}", attend.grid, given | attend.constants)
     if tile.splits == 1:
         return out
     parts, lse = given["OUT"], given["LSE"]
@@ -88,3 +90,51 @@ def test_tiny_values_keep_their_digits(cache):
 def test_steps_of_any_size_and_order(stages, keys):
     problem = draw(heads=4, k_len=300, dim=64, caches=("int4", "int4"))
     problem.check(run(problem, attention.Tile(8, keys, 2, stages, 2, "few")))
+
+
+def codes_tile(splits: int, keys: int = 32) -> attention.Tile:
+    return attention.Tile(4, keys, 2, 1, splits, "codes")
+
+
+@pytest.mark.parametrize("caches", INTEGERS)
+@pytest.mark.parametrize("dim, keys", [(64, 32), (128, 64)])
+def test_integer_codes(caches, dim, keys):
+    problem = draw(2, 1, 6, 2, 203, dim, caches=caches, lengths=[203, 77])
+    problem.check(run(problem, codes_tile(3, keys)))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("caches", INTEGERS[:2])
+def test_integer_codes_of_causal_queries(caches, splits):
+    """Five queries of two heads are three tiles."""
+    problem = draw(1, 5, 4, 2, 131, 64, "bfloat16", caches=caches, causal=True)
+    problem.check(run(problem, codes_tile(splits)))
+
+
+@pytest.mark.parametrize("caches", INTEGERS[:2])
+def test_integer_codes_of_large_dims(caches):
+    problem = draw(1, 1, 4, 1, 90, 256, caches=caches)
+    problem.check(run(problem, codes_tile(1)))
+
+
+@pytest.mark.parametrize("caches", INTEGERS[:2])
+def test_weights_of_integer_codes_keep_their_digits(caches):
+    """One key has almost all of the weight, scales of values are tiny and differ widely, a query is
+    zero, a sequence has no keys."""
+    problem = draw(2, 1, 8, 2, 300, 64, caches=caches, lengths=[300, 0], value_scale=1e-3)
+    Q, _, _ = problem.tensors
+    problem.extras["k_scale"][0, 7] *= 8
+    problem.extras["v_scale"][0, ::3] /= 50
+    Q[0, 0, 3] = 0
+    problem.check(run(problem, codes_tile(2)))
+
+
+@pytest.mark.parametrize("spoilt", ["k_scale", "v_scale", "Q"])
+def test_integer_codes_do_not_hide_what_is_no_number(spoilt):
+    problem = draw(1, 1, 4, 2, 100, 64, caches=("int4", "int8"))
+    if spoilt == "Q":
+        problem.tensors[0][0, 0, 1, 5] = float("inf")
+    else:
+        problem.extras[spoilt][0, 50, 0] = float("nan")
+    out = run(problem, codes_tile(2))
+    assert out[0, 0, 1].isnan().all() and out[0, 0, 2:].isfinite().all()

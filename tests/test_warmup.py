@@ -196,3 +196,8 @@ def test_workers_see_no_gpu(cold, monkeypatch):
     with pytest.raises(OSError, match="not started"):
         worker.compile_all([object()], 90, 1, lambda: None)
     assert seen["CUDA_VISIBLE_DEVICES"] == "" and seen["PATH"] == os.environ["PATH"]
+
+
+def test_attention_has_no_kernels_on_the_cpu():
+    config = bitblas.FlashAttenConfig(1, 8, 2, 100, 64, K_dtype="int4", V_dtype="int4")
+    bitblas.warmup([config, bitblas.FlashAtten(config)], device="cpu")

@@ -43,7 +43,7 @@ class Tile:
     num_warps: int
     num_stages: int
     splits: int = 1
-    kernel: str = "many"  # or "few"
+    kernel: str = "many"  # or "few", "codes"
     registers: int = 0  # of a thread, at most; 0: what the compiler takes
 
 
@@ -115,7 +115,7 @@ def launches(
         "PEEL": tile.block_m > 16 and not quantised, "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
-    if tile.kernel == "few":
+    if tile.kernel in ("few", "codes"):
         steps = [_few_launch(operands, arguments, constants, causal, tile, grid)]
     else:
         steps = [
@@ -140,7 +140,9 @@ def _few_launch(
     operands: Operands, arguments: dict[str, Any], constants: dict[str, Any], causal: bool,
     tile: Tile, grid: tuple[int, ...],
 ) -> Launch:  # fmt: skip
-    """attend_few in place of attend: words for elements, the stride of tokens known."""
+    """attend_few or attend_codes in place of attend: words for elements, the stride of tokens
+    known."""
+    from . import attention_codes_kernels as codes_kernels
     from . import attention_decode_kernels as decode_kernels
 
     Q = operands.Q
@@ -153,11 +155,14 @@ def _few_launch(
     kept = ("SCALE", "GROUP", "KV_HEADS", "DIM", "K_KIND", "V_KIND", "SPLIT", "PDL")
     constants = {name: constants[name] for name in kept} | token_strides | {
         "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
-        "HALVES": tile.block_m // 8, "KEYS": tile.block_n, "WARPS": tile.num_warps,
-        "AHEAD": tile.num_stages > 1,
+        "KEYS": tile.block_n, "WARPS": tile.num_warps,
     }  # fmt: skip
+    if tile.kernel == "codes":
+        function = codes_kernels.attend_codes
+    else:
+        function = decode_kernels.attend_few
+        constants |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
     options = {"maxnreg": tile.registers} if tile.registers else {}
-    function = decode_kernels.attend_few
     return Launch(function, grid, arguments, constants, tile.num_warps, 1, options)
 
 
@@ -203,12 +208,16 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
     rows = heads // kv_heads * q_len
     quantised = K.dtype != Q.dtype or V.dtype != Q.dtype
     if rows <= 16 and _serves_few(operands, arch):
-        kind = max((kind_of(x, Q) for x in (K, V)), key=list(_FEW).index)
-        return _tile_for_few(rows, dim, kind, kv_heads * batch, multiprocessors, k_len)
+        kinds = [kind_of(x, Q) for x in (K, V)]
+        heads = kv_heads * batch
+        if rows <= 4 and set(kinds) <= {"int8", "int4"}:
+            return _tile_for_codes(dim, kinds, heads, multiprocessors, k_len)
+        kind = max(kinds, key=list(_FEW).index)
+        return _tile_for_few(rows, dim, kind, heads, multiprocessors, k_len)
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
     elif quantised and dim > 128:
-        tile = Tile(32, 64, 4, 3)
+        tile = Tile(32, 64, 8, 2)
     elif quantised:
         # H200, 64 rows, int8: 277 us with 64 rows and 128 keys, 340 with 64 keys; int4 would spill
         int4 = "int4" in (kind_of(K, Q), kind_of(V, Q))
@@ -217,9 +226,14 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
         tile = Tile(128, 64, 4, 3)
     else:
         tile = Tile(64, 64, 4, 3) if dim <= 128 else Tile(128, 64, 8, 2)
-    if rows <= tile.block_m // 2:
+    # H200, 32 rows, 8 x 32768 16-bit keys of 8 heads: 261 us as half of a tile that wgmma takes,
+    # 300 in a tile of 32
+    whole = arch >= 90 and not quantised and dim <= 128 and rows > 16 and tile.block_m == 64
+    if rows <= tile.block_m // 2 and not whole:
         block_m = max(16, 1 << (rows - 1).bit_length())
         tile = replace(tile, block_m=block_m, num_warps=4, num_stages=2)
+        if quantised and block_m == 16:  # registers
+            tile = replace(tile, block_n=32 if dim > 64 else 64)
     blocks = -(-rows // tile.block_m) * kv_heads * batch
     # parts enough for two blocks on each multiprocessor, of a few steps at least
     return replace(tile, splits=_parts(2 * multiprocessors // blocks, k_len, tile.block_n))
@@ -249,8 +263,23 @@ def _tile_for_few(
     return Tile(block_m, keys, warps, stages, splits, "few", registers)
 
 
+def _tile_for_codes(
+    dim: int, kinds: Sequence[str], heads: int, multiprocessors: int, k_len: int
+) -> Tile:
+    """heads: key heads of the whole batch."""
+    # H200, int4, 8 x 32768 keys of 8 heads: dim 128: 90 to 98 us with 12 warps on a multiprocessor,
+    # 103 with 16, 111 with 20; dim 64: 61 with 12, 55 with 16; dim 256: 150 with 8, 164 with 12
+    registers = 255 if dim > 128 else 168
+    if dim == 64 and set(kinds) == {"int4"}:
+        registers = 128
+    keys, warps = 32, 4
+    resident = 65536 // (32 * warps * registers)
+    splits = _parts(resident * multiprocessors // heads, k_len, warps * keys)
+    return Tile(4, keys, warps, 1, splits, "codes", registers)
+
+
 def _serves_few(operands: Operands, arch: int) -> bool:
-    """Whether attend_few takes the operands, 16-byte aligned as they are."""
+    """Whether attend_few and attend_codes take the operands, 16-byte aligned as they are."""
     Q, K, V, *numbers, _ = operands
     dim = Q.shape[3]
     wanted = 89 if "e4m3" in (kind_of(K, Q), kind_of(V, Q)) else 80
@@ -270,7 +299,7 @@ def _serves_few(operands: Operands, arch: int) -> bool:
 def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
     """out [batch, q_len, heads, dim], whose dims are contiguous."""
     device, k_len = out.device, operands.K.shape[1]
-    index = current_device() if device.index is None else device.index
+    index = _index(device)
     arch = architecture(index)
     longest = _longest(k_len)
 
@@ -282,12 +311,27 @@ def run(operands: Operands, out: torch.Tensor, causal: bool) -> None:
     _start(("attend", causal, longest), [*operands, out], k_len, steps, range(1, 7))
 
 
-def sources(operands: Operands, causal: bool, arch: int, multiprocessors: int) -> list[Source]:
-    """The kernels of a call with such operands, 16-byte aligned; they may be on the meta device."""
+def sources(operands: Operands, causal: bool, device: torch.device) -> list[Source]:
+    """The kernels of a device's calls with such operands, 16-byte aligned; they may be on the meta
+    device."""
+    index = _index(device)
+    arch = architecture(index)
     out = torch.empty(operands.Q.shape, dtype=operands.Q.dtype, device="meta")
     longest = _longest(operands.K.shape[1])
-    tile = tile_for(operands, arch, multiprocessors, longest)
+    tile = tile_for(operands, arch, _multiprocessors(index), longest)
     return [Source(step) for step in launches(operands, out, causal, tile, arch)]
+
+
+def expand_source(
+    x: torch.Tensor, out: torch.Tensor, numbers: Sequence[torch.Tensor | None], device: torch.device
+) -> Source:
+    """expand's kernel. numbers: scale, zeros."""
+    scale, zeros = numbers
+    return Source(expand_launch(x, out, scale, zeros, architecture(_index(device))))
+
+
+def _index(device: torch.device) -> int:
+    return current_device() if device.index is None else device.index
 
 
 def _longest(k_len: int) -> int:
@@ -301,7 +345,7 @@ def expand(x: torch.Tensor, like: torch.Tensor, *numbers: torch.Tensor | None) -
     if 1 not in (x.stride(3), x.stride(1)):
         x = x.contiguous()
     out = torch.empty((*x.shape[:3], like.shape[3]), dtype=like.dtype, device=x.device)
-    arch = architecture(current_device() if x.device.index is None else x.device.index)
+    arch = architecture(_index(x.device))
 
     def steps(fakes: list[Any], varying: Varying, aligned: bool) -> list[Launch]:
         codes, scale, zeros, target = fakes
