@@ -190,6 +190,8 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     for block_m, *shape in _SHAPES:
         if -(-m // block_m) * block_m > _MOST_IDLE * m or block_m < min(m, 256) / 4:
             continue
+        if block_m > 256 and m > block_m:  # pays where it saves a second tile only
+            continue
         tile = _fitting(config, gpu, block_m, *shape)
         if tile is not None:
             tiles += _dealt(config, m, tile)
