@@ -27,12 +27,16 @@ FAMILIES: dict[str, ModuleType] = {"decode": decode, "batch": batch}
 
 
 def tile_of(kernel: str) -> tuple[ModuleType, Any]:
-    """The family and the tile of "family field field ...": all fields but the last, its name."""
+    """The family and the tile of "family field field ...", as bitblas.bench.measure.tile_name
+    writes them; fields may be missing at the end."""
     name, *values = kernel.split()
     family = FAMILIES[name]
+    known = {"None": None, "True": True, "False": False}
     found = {}
     for field, value in zip(dataclasses.fields(family.Tile), values):
-        number = None if value == "None" else int(value)
+        number = known[value] if value in known else value
+        if isinstance(number, str) and field.type != "str":
+            number = int(number)
         found[field.name] = bool(number) if field.type == "bool" else number
     return family, family.Tile(**found)
 
