@@ -752,7 +752,7 @@ def batch_kernel(
     A, MORE, W, OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, M, N, K, G,
     WHOLE, EARLY, P: gl.constexpr,
 ):  # fmt: skip
-    """OUT[M, N]. Grid: any number of blocks, at most one on a multiprocessor.
+    """OUT[M, N]. Grid: any number of blocks, best as many as run at a time.
 
     A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; W: of the words
     as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP, MORE_MAP: of OUT, where TMA can
