@@ -98,6 +98,19 @@ def test_candidates_fit_and_are_all_different(m):
         assert all(batch.shared_bytes(config, tile) <= batch.SHARED_BYTES for tile in tiles)
 
 
+@pytest.mark.parametrize("n, k", [(1000, 4096), (8192, 8192), (14336, 4096)])
+def test_shared_tiles_are_as_many_for_all_m_that_share_them(n, k):
+    """Else a row's bits would depend on how many rows are beside it."""
+    config = compat.make_config("float16", "uint4", "original", N=n, K=k, group_size=128)
+    buckets = itertools.groupby(range(17, 513), lambda m: batch.bucket(m, 32))
+    for _, rows in buckets:
+        first, *_, last = rows
+        assert batch.candidates(config, first) == batch.candidates(config, last)
+        for tile in batch.candidates(config, last):
+            if batch.shared_tiles(config, last, tile):
+                assert batch.tiles_of(config, first, tile) == batch.tiles_of(config, last, tile)
+
+
 @pytest.mark.parametrize(
     ("shared", "bodies", "blocks"),
     [(1, 1, 1), (3, 7, 5), (16, 32, 132), (5, 3, 132), (111, 64, 132)],

@@ -23,6 +23,7 @@ from .wgmma import (
     ConstantsBase,
     WgmmaTile,
     bucket,
+    bucket_start,
     known,
     results_map,
     tma_map,
@@ -181,6 +182,7 @@ _SHAPES = (
     *((32, 256, 1, 1), (32, 128, 1, 2), (64, 256, 1, 1), (64, 128, 1, 2), (96, 128, 1, 1)),
     *((128, 128, 1, 1), (160, 64, 2, 1), (192, 64, 2, 1), (256, 64, 2, 1), (320, 64, 2, 1)),
 )
+_EQUAL_BITS = 512  # rows of A up to which a row has the same bits for all m that share their tiles
 _MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large are not looked at
 
 
@@ -196,6 +198,13 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
         if tile is not None:
             tiles += _dealt(config, m, tile)
     tiles = list(dict.fromkeys(tiles))
+    if m <= _EQUAL_BITS:  # parts of shared tiles may depend on how many tiles there are
+        start = bucket_start(m, _LEAST_ROWS)
+        tiles = [
+            tile
+            for tile in tiles
+            if not tile.share or tiles_of(config, start, tile) == tiles_of(config, m, tile)
+        ]
     return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
 
 

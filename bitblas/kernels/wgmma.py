@@ -35,8 +35,17 @@ class WgmmaTile:
 def bucket(m: int, least: int) -> int:
     """m that share their tiles, from `least` up: multiples of 32 up to 192, of 64 up to 512, above
     of a quarter of the power of two below."""
-    step = 32 if m <= 192 else max(64, 1 << ((m - 1).bit_length() - 3))
+    step = _bucket_step(m)
     return max(least, -(-m // step) * step)
+
+
+def bucket_start(m: int, least: int) -> int:
+    """The smallest m that shares its tiles with the largest one of a bucket."""
+    return 1 if m <= least else m - _bucket_step(m) + 1
+
+
+def _bucket_step(m: int) -> int:
+    return 32 if m <= 192 else max(64, 1 << ((m - 1).bit_length() - 3))
 
 
 def tma_map(x: torch.Tensor, block: list[int]) -> Any:
