@@ -25,8 +25,12 @@ def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType
     """The kernel family for m rows on a GPU, and its tile."""
     choices = cache.recorded_choices(config, cache.device_name(device))
     for rows in sorted(choices):
-        family, tile = _recorded(choices[rows])
-        if family.stands_for(rows, m) and family.serves(config, m, _architecture(device)):
+        family, tile = _recorded(choices[rows]) or (None, None)
+        if (
+            family is not None
+            and family.stands_for(rows, m)
+            and family.serves(config, m, _architecture(device))
+        ):
             return family, tile
     return candidates(config, m, device)[0]
 
@@ -52,9 +56,15 @@ def _tiles(family: ModuleType, config: MatmulConfig, m: int, device: torch.devic
     return list(family.candidates(config, m, *more))
 
 
-def _recorded(choice: dict[str, Any]) -> tuple[ModuleType, Any]:
-    family = next(family for family in families() if choice["kernel"] in family.KERNELS)
-    return family, family.Tile(**choice)
+def _recorded(choice: dict[str, Any]) -> tuple[ModuleType, Any] | None:
+    """The family and the tile of a choice; None of one that the kernels no longer know."""
+    for family in families():
+        if choice.get("kernel") in family.KERNELS:
+            try:
+                return family, family.Tile(**choice)
+            except (TypeError, ValueError) as error:
+                logger.info("a recorded choice is not taken: %s", error)
+    return None
 
 
 def _architecture(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 Tiles of every kind are given to the family itself; the planned one is reached through Matmul.
 """
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from bitblas import plan
 from bitblas.kernels import batch
 from bitblas.kernels.batch import Tile
 from bitblas.kernels.prepared import Prepared
+from bitblas.kernels.wgmma import bucket
 
 if torch.cuda.get_device_capability()[0] != 9 or not batch.gluon_available():
     pytest.skip("needs Hopper and Gluon", allow_module_level=True)
@@ -262,7 +264,8 @@ def test_planned_products_of_a_row_do_not_depend_on_the_batch(w, seed):
     problem = draw(config, 320, seed, "cuda")
     matmul = bitblas.Matmul(config)
     W = matmul.transform_weight(logical_weight(problem))
-    for least, most in ((17, 32), (33, 64), (65, 96), (161, 192), (257, 320)):
+    ranges = itertools.groupby(range(17, 321), lambda m: bucket(m, 32))
+    for least, *_, most in (list(rows) for _, rows in ranges):
         whole = matmul(problem.A[:most], W, **problem.extras())
         for m in (least, (least + most) // 2, most - 1):
             assert torch.equal(matmul(problem.A[:m], W, **problem.extras()), whole[:m])

@@ -80,6 +80,16 @@ def test_a_recorded_batch_tile_serves_the_rows_that_share_it(h200, monkeypatch):
         assert plan.pick(config, m, DEVICE) == (batch, batch.candidates(config, m)[0])
 
 
+@pytest.mark.parametrize(
+    "change", [{"consumers": 4}, {"warps": 8}, {"kernel": "of another release"}], ids=str
+)
+def test_a_recorded_choice_that_kernels_do_not_know_is_not_taken(h200, monkeypatch, change):
+    config = product(5120, 3072)
+    tile = dataclasses.asdict(batch.candidates(config, 64)[-1])
+    monkeypatch.setattr(cache, "recorded_choices", lambda *_: {64: tile | change})
+    assert plan.pick(config, 64, DEVICE) == (batch, batch.candidates(config, 64)[0])
+
+
 def test_int8_activations_go_to_their_family(h200, monkeypatch):
     config = MatmulConfig(
         N=5120, K=3072, A_dtype="int8", W_dtype="int4", group_size=128, with_scaling=True

@@ -56,22 +56,16 @@ ROUNDING = gl.constexpr(12583040.0)
 @gluon.jit
 def multiply_codes(a, b0, b1, d, UNSIGNED: gl.constexpr):
     """d + a * b in int32; a: bytes, four registers of four, b: signed ones."""
-    if UNSIGNED:
-        return gl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, "
-            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, "
-            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+    ASM: gl.constexpr = (
+        "mma.sync.aligned.m16n8k32.row.col.s32."
+        + ("u8" if UNSIGNED else "s8")
+        + ".s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    return gl.inline_asm_elementwise(
+        ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -41,22 +41,16 @@ TINY = gl.constexpr(1e-37)
 @gluon.jit
 def multiply(a, b0, b1, d, BF16: gl.constexpr):
     """d + a * b; a, d: tuples of 4."""
-    if BF16:
-        return gl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
-            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-            [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
-            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, "
-            "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-            [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
-            dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
+    ASM: gl.constexpr = (
+        "mma.sync.aligned.m16n8k16.row.col.f32."
+        + ("bf16.bf16" if BF16 else "f16.f16")
+        + ".f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    return gl.inline_asm_elementwise(
+        ASM, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2], d[3]],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -246,24 +240,35 @@ def load_piece(pointer, inside, WORDS: gl.constexpr, WARPS: gl.constexpr, STREAM
 
 
 @gluon.jit
+def load_tokens(
+    POINTER, first, run, lane, length, TOKEN: gl.constexpr, KEYS: gl.constexpr,
+    WORDS: gl.constexpr, RUN: gl.constexpr, LANES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """KEYS * RUN / 16 tuples of WORDS words, for RUN keys from first + RUN * run on, 16 further,
+    ....: of each token the pieces of the lane-th of LANES lanes."""
+    PIECE: gl.constexpr = min(4, WORDS)
+    first = first + RUN * run
+    pointer = POINTER + first.to(gl.int64) * TOKEN + lane * PIECE
+    result = ()
+    for t in gl.static_range(KEYS * RUN // 16):
+        key = t // RUN * 16 + t % RUN
+        words = ()
+        for p in gl.static_range(WORDS // PIECE):
+            words = words + load_piece(
+                pointer + (key * TOKEN + LANES * PIECE * p), first + key < length, PIECE, WARPS,
+                True,
+            )  # fmt: skip
+        result = result + (words,)
+    return result
+
+
+@gluon.jit
 def load_keys(
     K, first, g, c, length, TOKEN: gl.constexpr, KEYS: gl.constexpr, WORDS: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """KEYS / 8 tuples of WORDS words, for keys first + 2g, first + 2g + 1, 16 further, ...."""
-    PIECE: gl.constexpr = min(4, WORDS)
-    pointer = K + (first + 2 * g).to(gl.int64) * TOKEN + c * PIECE
-    result = ()
-    for t in gl.static_range(KEYS // 8):
-        key = t // 2 * 16 + t % 2
-        words = ()
-        for p in gl.static_range(WORDS // PIECE):
-            words = words + load_piece(
-                pointer + (key * TOKEN + 4 * PIECE * p), first + 2 * g + key < length, PIECE,
-                WARPS, True,
-            )  # fmt: skip
-        result = result + (words,)
-    return result
+    return load_tokens(K, first, g, c, length, TOKEN, KEYS, WORDS, 2, 4, WARPS)
 
 
 @gluon.jit
@@ -272,19 +277,7 @@ def load_values(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """KEYS / 4 tuples of WORDS words, for keys first + 4c, ..., first + 4c + 3, 16 further, ...."""
-    PIECE: gl.constexpr = min(4, WORDS)
-    pointer = V + (first + 4 * c).to(gl.int64) * TOKEN + g * PIECE
-    result = ()
-    for t in gl.static_range(KEYS // 4):
-        key = t // 4 * 16 + t % 4
-        words = ()
-        for p in gl.static_range(WORDS // PIECE):
-            words = words + load_piece(
-                pointer + (key * TOKEN + 8 * PIECE * p), first + 4 * c + key < length, PIECE,
-                WARPS, True,
-            )  # fmt: skip
-        result = result + (words,)
-    return result
+    return load_tokens(V, first, c, g, length, TOKEN, KEYS, WORDS, 4, 8, WARPS)
 
 
 @gluon.jit

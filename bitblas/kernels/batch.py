@@ -52,6 +52,10 @@ class Tile(WgmmaTile):
     per_sm: int = 1
     kernel: str = "batch"
 
+    def __post_init__(self) -> None:
+        if self.consumers != 2:
+            raise ValueError(f"consumers: got {self.consumers}, expected 2")
+
     @property
     def pieces(self) -> tuple[int, int]:
         """block_m as a power of two and what is left, which is one, too, or 0."""
