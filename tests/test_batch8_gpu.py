@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 from bitblas import plan
 from bitblas.kernels import batch8
 from bitblas.kernels.batch8 import Tile
+from bitblas.kernels.byte_decoders import float_decoder
 from bitblas.layouts import FRAGMENT_8
 
 if torch.cuda.get_device_capability()[0] != 9 or not batch8.gluon_available():
@@ -34,7 +35,7 @@ COMBINATIONS = [
     for zeros in (None, *ZEROS_MODES)
 ]
 COMBINATIONS += [
-    ("e4m3_float8", w, None) for w, fmt in FORMATS.items() if batch8.float_decoder(fmt) is not None
+    ("e4m3_float8", w, None) for w, fmt in FORMATS.items() if float_decoder(fmt) is not None
 ]
 OUTS = ("float16", "bfloat16", "float32", "int32", "int8")
 

@@ -21,6 +21,7 @@ from test_decoders import execute
 from bitblas.formats import FORMATS
 from bitblas.kernels import batch8
 from bitblas.kernels import compile as compiler
+from bitblas.kernels.byte_decoders import byte_decoder, float_decoder
 from bitblas.layouts import FRAGMENT_8
 
 
@@ -29,7 +30,7 @@ def make_config(w: str, zeros: str | None = None, **fields):
     return compat.make_config(fields.pop("a", "int8"), w, zeros, **fields)
 
 
-DECODED = [name for name, fmt in FORMATS.items() if batch8.byte_decoder(fmt) is not None]
+DECODED = [name for name, fmt in FORMATS.items() if byte_decoder(fmt) is not None]
 
 
 def test_formats_that_are_served():
@@ -37,7 +38,7 @@ def test_formats_that_are_served():
     assert set(DECODED) == {f"{sign}{bits}" for sign in signs for bits in (1, 2, 4, 8)}
 
 
-FLOATS = [name for name, fmt in FORMATS.items() if batch8.float_decoder(fmt) is not None]
+FLOATS = [name for name, fmt in FORMATS.items() if float_decoder(fmt) is not None]
 
 
 def test_formats_that_e4m3_activations_are_served_with():
@@ -50,7 +51,7 @@ def test_formats_that_e4m3_activations_are_served_with():
 def test_decoded_bytes_are_the_values_in_their_unit(a, w):
     """Every register of every chunk against the format's values, where the layout puts them."""
     fmt = FORMATS[w]
-    decoder = batch8.byte_decoder(fmt) if a == "int8" else batch8.float_decoder(fmt)
+    decoder = byte_decoder(fmt) if a == "int8" else float_decoder(fmt)
     dtype = {"int8": torch.int8, "e4m3_float8": torch.float8_e4m3fn}[a]
     count, block = 32 // fmt.bits, FRAGMENT_8.block_k(fmt.bits)
     codes = torch.randint(0, 1 << fmt.bits, (64, block), dtype=torch.uint8)
