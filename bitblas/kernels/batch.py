@@ -26,6 +26,7 @@ from .wgmma import (
     bucket_start,
     known,
     results_map,
+    tail_maps,
     tma_map,
     words_map,
 )
@@ -314,6 +315,7 @@ def launches(
     arguments = {
         "A": tma_map(A, [first, 64]),
         "MORE": tma_map(A, [more, 64]) if more else None,
+        **tail_maps(A, tile.pieces, 64),
         "W": words_map(W, tile.bands * tile.consumers),
         "OUT": out,
         "OUT_MAP": results_map(out, [first, 64 * tile.bands]),

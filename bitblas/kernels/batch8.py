@@ -26,6 +26,7 @@ from .wgmma import (
     bucket,
     known,
     results_map,
+    tail_maps,
     tma_map,
     words_map,
 )
@@ -269,6 +270,7 @@ def launches(
     steps = [_row_sums(config, A, sums, group, pdl)] if _needs_sums(config) else []
     arguments = {
         "A": tma_map(A, [tile.block_m, 128]),
+        **tail_maps(A, (tile.block_m, 0), 128),
         "W": words_map(W, tile.bands * tile.consumers, tile.stage_k * config.bits // 256),
         "OUT": out,
         "OUT_MAP": results_map(out, [tile.block_m, 64 * tile.bands]),

@@ -38,6 +38,7 @@ import triton.language as tl
 from .batch_kernels import (
     chunk_layout,
     load_extras,
+    load_rows,
     of_stage,
     place,
     preparing_layout,
@@ -366,14 +367,6 @@ def finish(
 
 
 @gluon.jit
-def load_activations(A, barrier, a_smem, buffer, tile_m, stage, P: gl.constexpr):
-    STEPS: gl.constexpr = P.STEPS
-    for step in gl.static_range(STEPS):
-        where = [tile_m * P.BLOCK_M, (stage * P.STEPS + step) * 128]
-        tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
-
-
-@gluon.jit
 def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
     where = [tile_n * (P.BANDS * P.CONSUMERS), stage * (4 * P.STAGE_CHUNKS), 0]
     tma_load(W, where, barrier, w_smem.index(buffer))
@@ -383,7 +376,7 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
 def produce(operands, P: gl.constexpr):
     """Fills the ring with A and the packed words. Words of the first stages are on their way before
     what precedes this kernel is complete, A only after it."""
-    A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, bodies = operands
+    A, TAIL, FILL, W, a_smem, w_smem, ready, empty, M, tiles_n, tiles_m, bodies = operands
     BYTES: gl.constexpr = W.block_type.nbytes + P.STEPS * A.block_type.nbytes
     stages = bodies * P.UNROLL
     first = gl.program_id(0)
@@ -394,7 +387,7 @@ def produce(operands, P: gl.constexpr):
         load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
     wait_for_previous_kernel()
     for i in range(early):
-        load_activations(A, ready.index(i), a_smem, i, tile_m, i, P)
+        load_rows(A, TAIL, FILL, ready.index(i), a_smem, i, tile_m * P.BLOCK_M, i, M, P)
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
     for tile in range(first, tiles_n * tiles_m, gl.num_programs(0)):
@@ -404,7 +397,7 @@ def produce(operands, P: gl.constexpr):
             mbarrier.wait(empty.index(buffer), phase)
             mbarrier.expect(barrier, BYTES)
             load_words(W, barrier, w_smem, buffer, tile_n, stage, P)
-            load_activations(A, barrier, a_smem, buffer, tile_m, stage, P)
+            load_rows(A, TAIL, FILL, barrier, a_smem, buffer, tile_m * P.BLOCK_M, stage, M, P)
             buffer += 1
             if buffer == P.STAGES:
                 buffer = 0
@@ -630,11 +623,12 @@ def consume(operands, INDEX: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "G", "EARLY"])
 def batch8_kernel(
-    A, W, OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, M, N, K, G, EARLY, P: gl.constexpr
+    A, TAIL, FILL, W, OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, M, N, K, G, EARLY,
+    P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N], as batch_kernels.batch_kernel, each tile by one block. Grid: any number of blocks.
 
-    A: a TMA map of (M, K), [BLOCK_M, 128] at a time. INPUT_SCALE: of A's rows. SUMS: what
+    A: a TMA map of (M, K), [BLOCK_M, 128] at a time; TAIL, FILL: see wgmma.tail_maps. INPUT_SCALE: of A's rows. SUMS: what
     row_sums_kernel gives, where it is needed. P: batch8.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
@@ -684,7 +678,7 @@ def batch8_kernel(
         OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, e_smem, s_smem,
         x_smem, c_smem, ready, empty, given, taken, M, N, G, tiles_n, tiles_m, bodies,
     )  # fmt: skip
-    producing = (A, W, a_smem, w_smem, ready, empty, tiles_n, tiles_m, bodies)
+    producing = (A, TAIL, FILL, W, a_smem, w_smem, ready, empty, M, tiles_n, tiles_m, bodies)
     preparing = (
         SCALE, ZEROS, SUMS, e_smem, s_smem, ready, empty, M, N, G, tiles_n, tiles_m, bodies,
     )  # fmt: skip

@@ -48,6 +48,7 @@ from .versions import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     thread_barrier,
     tma,
     tma_load,
@@ -150,6 +151,18 @@ def place(tile, tiles_n, tiles_m, SWEEP: gl.constexpr):
 # --- the warp that loads ---------------------------------------------------------------------
 
 
+@gluon.constexpr_function
+def single_rows_layout():
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+@gluon.jit
+def single_rows(a_smem):
+    """A ring of boxes as [rows of all boxes, 1, 32 words]."""
+    ROWS: gl.constexpr = a_smem.shape[0] * a_smem.shape[1]
+    return reinterpret(a_smem, gl.int32, [ROWS, 1, 32], single_rows_layout())
+
+
 @gluon.jit
 def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
     CHUNKS: gl.constexpr = P.STAGE_CHUNKS
@@ -159,21 +172,38 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(A, barrier, a_smem, buffer, row, stage, P: gl.constexpr):
+def load_rows(A, TAIL, FILL, barrier, a_smem, buffer, row, stage, M, P: gl.constexpr):
+    """Loads a stage of A's rows from `row` on. In place of those beyond the last come the first:
+    they have no part in any result that is stored, and TMA takes three times as long for rows that
+    are not there as for those that it reads."""
     STEPS: gl.constexpr = P.STEPS
-    for step in gl.static_range(STEPS):
-        where = [row, (stage * P.STEPS + step) * A.block_type.shape[1]]
-        tma_load(A, where, barrier, a_smem.index(buffer * P.STEPS + step))
+    ROWS: gl.constexpr = A.block_type.shape[0]
+    COLUMNS: gl.constexpr = A.block_type.shape[1]
+    left = M - row
+    if left > 0 and left < ROWS:
+        rows = single_rows(a_smem)
+        for step in gl.static_range(STEPS):
+            box = buffer * STEPS + step
+            k = (stage * STEPS + step) * COLUMNS
+            tma_load(TAIL, [row, k], barrier, a_smem.index(box).slice(0, TAIL.block_type.shape[0], 0))
+            word = (stage * STEPS + step) * FILL.block_type.shape[1]
+            tma_load(FILL, [0, word], barrier, rows.index(box * ROWS + left))
+    else:
+        row = gl.where(left > 0, row, 0)
+        for step in gl.static_range(STEPS):
+            where = [row, (stage * STEPS + step) * COLUMNS]
+            tma_load(A, where, barrier, a_smem.index(buffer * STEPS + step))
 
 
 @gluon.jit
 def load_activations(
-    A, MORE, barrier, a_smem, more_smem, buffer, tile_m, stage, P: gl.constexpr
+    A, MORE, TAIL, FILL, barrier, a_smem, more_smem, buffer, tile_m, stage, M, P: gl.constexpr
 ):  # fmt: skip
     row = tile_m * P.BLOCK_M
-    load_rows(A, barrier, a_smem, buffer, row, stage, P)
+    load_rows(A, TAIL, FILL, barrier, a_smem, buffer, row, stage, M, P)
     if MORE is not None:
-        load_rows(MORE, barrier, more_smem, buffer, row + A.block_type.shape[0], stage, P)
+        row += A.block_type.shape[0]
+        load_rows(MORE, TAIL, FILL, barrier, more_smem, buffer, row, stage, M, P)
 
 
 @gluon.jit
@@ -181,7 +211,8 @@ def produce(operands, P: gl.constexpr):
     """Fills the ring for all segments. Words of the first stages are on their way before what
     precedes this kernel is complete, A only after it."""
     (
-        A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, whole, bodies,
+        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, whole,
+        bodies,
     ) = operands  # fmt: skip
     MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
     BYTES: gl.constexpr = (
@@ -197,7 +228,8 @@ def produce(operands, P: gl.constexpr):
     wait_for_previous_kernel()
     for i in range(early):
         load_activations(
-            A, MORE, ready.index(i), a_smem, more_smem, i, tile_m, start * P.UNROLL + i, P
+            A, MORE, TAIL, FILL, ready.index(i), a_smem, more_smem, i, tile_m,
+            start * P.UNROLL + i, M, P,
         )  # fmt: skip
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
@@ -209,7 +241,9 @@ def produce(operands, P: gl.constexpr):
             mbarrier.wait(empty.index(buffer), phase)
             mbarrier.expect(barrier, BYTES)
             load_words(W, barrier, w_smem, buffer, tile_n, stage, P)
-            load_activations(A, MORE, barrier, a_smem, more_smem, buffer, tile_m, stage, P)
+            load_activations(
+                A, MORE, TAIL, FILL, barrier, a_smem, more_smem, buffer, tile_m, stage, M, P
+            )  # fmt: skip
             buffer += 1
             if buffer == P.STAGES:
                 buffer = 0
@@ -749,13 +783,13 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
 def batch_kernel(
-    A, MORE, W, OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, M, N, K, G,
-    WHOLE, EARLY, P: gl.constexpr,
+    A, MORE, TAIL, FILL, W, OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS,
+    M, N, K, G, WHOLE, EARLY, P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N]. Grid: any number of blocks, best as many as run at a time.
 
-    A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; W: of the words
-    as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP, MORE_MAP: of OUT, where TMA can
+    A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; TAIL, FILL: see
+    wgmma.tail_maps; W: of the words as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP, MORE_MAP: of OUT, where TMA can
     write it. WHOLE: tiles that are done by one block each. EARLY: whether the weights may be read
     before the previous kernel in the stream is complete. P: batch.Constants.
     """
@@ -805,7 +839,8 @@ def batch_kernel(
         w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
     producing = (
-        A, MORE, W, a_smem, more_smem, w_smem, ready, empty, tiles_n, tiles_m, WHOLE, bodies,
+        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, WHOLE,
+        bodies,
     )  # fmt: skip
     preparing = (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,

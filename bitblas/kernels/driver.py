@@ -142,7 +142,8 @@ class TensorMap:
     _L2_PROMOTION_128B = 2
 
     def __init__(self, metadata: dict[str, Any], descriptor: Any) -> None:
-        """metadata: what the kernel expects; descriptor: Triton's or Gluon's TensorDescriptor."""
+        """metadata: what the kernel expects; descriptor: Triton's or Gluon's TensorDescriptor, with
+        an attribute `box` where what is loaded at a time is not what the kernel was told."""
         rank, size = len(descriptor.shape), metadata["elem_size"]
 
         def array(kind: Any, values: Sequence[int]) -> Any:  # the driver counts from the last
@@ -154,7 +155,7 @@ class TensorMap:
             rank,
             array(ctypes.c_uint64, descriptor.shape),
             array(ctypes.c_uint64, outer),
-            array(ctypes.c_uint32, metadata["block_size"]),
+            array(ctypes.c_uint32, getattr(descriptor, "box", metadata["block_size"])),
             array(ctypes.c_uint32, [1] * rank),
         )
         self._type = self._TYPES.get(metadata["elem_type"], metadata["elem_type"])
