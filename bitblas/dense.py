@@ -54,14 +54,10 @@ def is_faster(config: MatmulConfig, m: int, device: torch.device) -> bool:
         return False
     if config.A_dtype not in ("float16", "bfloat16") or config.out_dtype != config.A_dtype:
         return False
-    family, tile = plan.pick(config, m, device)
     product = 2 * m * config.N * config.K / _PRODUCT_FLOPS_PER_US
     copy = config.N * config.K * (2 + config.bits / 8) / _DEQUANTIZED_BYTES_PER_US
-    if hasattr(family, "microseconds"):
-        ours = family.microseconds(config, m, tile, plan._gpu(device))
-    else:
-        ours = _PORTABLE_SLOWDOWN * product
-    return bool(copy + product < ours)
+    ours = plan.microseconds(config, plan.pieces(config, m, device), device)
+    return copy + product < (_PORTABLE_SLOWDOWN * product if ours is None else ours)
 
 
 def matmul(

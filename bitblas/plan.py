@@ -18,11 +18,54 @@ import torch
 
 from . import cache
 from .config import MatmulConfig
+from .kernels.launch import EQUAL_BITS
 from .log import logger
+
+_MOST_IN_PIECES = 0.96  # of the time in one piece that two should take at most
+_PIECE_ROWS = 256  # of A: the first piece has a multiple of them, the second at most four times
+
+Pieces = tuple[tuple[ModuleType, Any, int], ...]  # (kernel family, tile, rows of A)
+
+
+def pieces(config: MatmulConfig, m: int, device: torch.device) -> Pieces:
+    """What computes m rows on a GPU: kernels that take so many rows each, one after the other.
+
+    Mostly one. Tiles of many rows of A are the fastest, and an m that fills the last of them badly
+    pays for what it lacks (uint4, 8192 x 8192, H200: m = 1024 177 us, 1040 230): then the rows
+    beyond are a product of their own.
+    """
+    best: Pieces = ((*pick(config, m, device), m),)
+    if m <= EQUAL_BITS or _recorded_pick(config, m, device):
+        return best
+    time = microseconds(config, best, device)
+    if time is None:
+        return best
+    least = _MOST_IN_PIECES * time
+    last = (m - 1) // _PIECE_ROWS * _PIECE_ROWS
+    for first in range(max(last - 3 * _PIECE_ROWS, _PIECE_ROWS), last + 1, _PIECE_ROWS):
+        two = tuple((*pick(config, rows, device), rows) for rows in (first, m - first))
+        time = microseconds(config, two, device)
+        if time is not None and time < least:
+            best, least = two, time
+    return best
+
+
+def microseconds(config: MatmulConfig, pieces: Pieces, device: torch.device) -> float | None:
+    """What the pieces should take; None where a family has no cost model."""
+    if not all(hasattr(family, "microseconds") for family, *_ in pieces):
+        return None
+    gpu = _gpu(device)
+    return float(sum(each.microseconds(config, rows, tile, gpu) for each, tile, rows in pieces))
 
 
 def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
-    """The kernel family for m rows on a GPU, and its tile."""
+    """The kernel family for m rows on a GPU in one piece, and its tile."""
+    return _recorded_pick(config, m, device) or candidates(config, m, device)[0]
+
+
+def _recorded_pick(
+    config: MatmulConfig, m: int, device: torch.device
+) -> tuple[ModuleType, Any] | None:
     choices = cache.recorded_choices(config, cache.device_name(device))
     for rows in sorted(choices):
         family, tile = _recorded(choices[rows]) or (None, None)
@@ -32,7 +75,7 @@ def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType
             and family.serves(config, m, _architecture(device))
         ):
             return family, tile
-    return candidates(config, m, device)[0]
+    return None
 
 
 def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[ModuleType, Any]]:
@@ -85,7 +128,10 @@ def _gpu(device: torch.device) -> Any:
 
 
 def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> None:
-    """Time `call`, of m rows, with the first `topk` candidates; record the fastest."""
+    """Time `call`, of m rows, with the first `topk` candidates; record the fastest.
+
+    Where two pieces are planned, they are timed too, and nothing is recorded if they are faster.
+    """
     from triton.runtime.errors import OutOfResources
 
     from . import dense
@@ -93,9 +139,18 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
     device = torch.device("cuda", torch.cuda.current_device())
     choices = cache.recorded_choices(config, cache.device_name(device))
     best: tuple[float, dict[str, Any] | None] = (float("inf"), None)
+    tried: list[dict[str, Any] | None] = [
+        dataclasses.asdict(tile) for _, tile in candidates(config, m, device)[:topk]
+    ]
+    choices.pop(m, None)
+    if len(pieces(config, m, device)) > 1:
+        tried.insert(0, None)  # what no choice leads to
     try:
-        for _, tile in candidates(config, m, device)[:topk]:
-            choices[m] = dataclasses.asdict(tile)
+        for tile in tried:
+            if tile is None:
+                choices.pop(m, None)
+            else:
+                choices[m] = tile
             cache.choices_changed()
             try:
                 with dense.switched_off():
@@ -104,7 +159,7 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
                 logger.debug("m=%d %s: %s", m, tile, error)
                 continue
             logger.debug("m=%d %s: %.4f ms", m, tile, milliseconds)
-            best = min(best, (milliseconds, choices[m]), key=lambda pair: pair[0])
+            best = min(best, (milliseconds, tile), key=lambda pair: pair[0])
     finally:  # never leave a choice behind that was only being tried
         choices.pop(m, None)
         if best[1] is not None:

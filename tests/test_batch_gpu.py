@@ -85,6 +85,24 @@ def test_planned_tiles(a, w, zeros, seed):
     assert torch.equal(matmul(product.problem.A, W, **product.problem.extras()), first)
 
 
+@pytest.mark.parametrize(
+    ("a", "w", "m"),
+    [("float16", "uint4", 1040), ("bfloat16", "uint4", 800), ("int8", "int4", 1100)],
+)
+def test_a_product_in_two_pieces(a, w, m, seed):
+    zeros = "original" if w == "uint4" else None
+    group = 128 if a != "int8" else -1
+    config = make_config(a, w, zeros, N=8192, K=2048, group_size=group, with_bias=True)
+    problem = draw(config, m, seed, "cuda", with_input_scale=a == "int8")
+    matmul = bitblas.Matmul(config)
+    W = matmul.transform_weight(logical_weight(problem))
+    assert len(plan.pieces(config, m, W.device)) == 2
+    first = matmul(problem.A, W, **problem.extras())
+    BatchProduct(problem).check(first)
+    for _ in range(2):  # by way of the prepared call
+        assert torch.equal(matmul(problem.A, W, **problem.extras()), first)
+
+
 def test_a_batch_that_starts_off_16_bytes(seed):
     config = make_config("float16", "uint4", "original", N=200, K=320, group_size=64)
     product = BatchProduct(draw(config, 40, seed, "cuda"), shift=2)

@@ -352,6 +352,20 @@ def test_descriptors_follow_their_tensors(cuda):
     assert launched.pointers[0] == first.where
 
 
+def test_a_step_may_take_later_rows_of_an_operand(cuda):
+    """As the pieces of a product do: pointers and descriptors begin that much further on."""
+    operands = [torch.empty(80, 64, dtype=torch.float16, device="meta") for _ in range(2)]
+    order = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
+    step = read_tile_launch(operands[0][16:], operands[1][64:], 32)
+    call = prepared.Prepared(
+        [step], torch.device("cpu"), 2, lambda x: order[x.untyped_storage()._cdata]
+    )
+    for addresses in ([1 << 20, 1 << 21], [1 << 22, 1 << 23]):
+        call.run(addresses)
+    assert [x.address for x in cuda.encoded] == [(1 << 20) + 2048, (1 << 22) + 2048]
+    assert [x.values[5] for x in cuda.launched] == [(1 << 21) + 8192, (1 << 23) + 8192]
+
+
 def test_too_much_shared_memory_is_out_of_resources(cuda):
     from triton.runtime.errors import OutOfResources
 

@@ -56,7 +56,8 @@ def our_products(
     config = operator.config
     if all_tiles:
         return _tiles(config, m, device)
-    return [(tile_name(*plan.pick(config, m, device)), served)]
+    pieces = plan.pieces(config, m, device)
+    return [(" + ".join(tile_name(family, tile) for family, tile, _ in pieces), served)]
 
 
 @dataclass(frozen=True)

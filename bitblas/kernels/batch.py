@@ -17,7 +17,7 @@ from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
 from .decode import GPU, MAX_ROWS, SHARED_BYTES, group_of
 from .decoders import OperandDecoder, operand_decoder
-from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
+from .launch import EQUAL_BITS, PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
 from .wgmma import (
     ConstantsBase,
@@ -187,7 +187,6 @@ _SHAPES = (
     *((32, 256, 1, 1), (32, 128, 1, 2), (64, 256, 1, 1), (64, 128, 1, 2), (96, 128, 1, 1)),
     *((128, 128, 1, 1), (160, 64, 2, 1), (192, 64, 2, 1), (256, 64, 2, 1), (320, 64, 2, 1)),
 )
-_EQUAL_BITS = 512  # rows of A up to which a row has the same bits for all m that share their tiles
 _MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large are not looked at
 
 
@@ -203,7 +202,7 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
         if tile is not None:
             tiles += _dealt(config, m, tile)
     tiles = list(dict.fromkeys(tiles))
-    if m <= _EQUAL_BITS:  # parts of shared tiles may depend on how many tiles there are
+    if m <= EQUAL_BITS:  # parts of shared tiles may depend on how many tiles there are
         start = bucket_start(m, _LEAST_ROWS)
         tiles = [
             tile

@@ -628,8 +628,8 @@ def batch8_kernel(
 ):  # fmt: skip
     """OUT[M, N], as batch_kernels.batch_kernel, each tile by one block. Grid: any number of blocks.
 
-    A: a TMA map of (M, K), [BLOCK_M, 128] at a time; TAIL, FILL: see wgmma.tail_maps. INPUT_SCALE: of A's rows. SUMS: what
-    row_sums_kernel gives, where it is needed. P: batch8.Constants.
+    A: a TMA map of (M, K), [BLOCK_M, 128] at a time; TAIL, FILL: see wgmma.tail_maps. INPUT_SCALE:
+    of A's rows. SUMS: what row_sums_kernel gives, where it is needed. P: batch8.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

@@ -177,11 +177,19 @@ def _settled(operands: Operands) -> bool:
 def _launches(
     config: MatmulConfig, operands: Operands, out: torch.Tensor, m: int, device: torch.device
 ) -> list[Launch]:
-    family, tile = plan.pick(config, m, device)
-    A, W, *extras = operands
-    if family in (batch, batch8):  # TMA reads from multiples of 16 bytes
-        A, W = _on_16_bytes(A), _on_16_bytes(W)
-    steps: list[Launch] = family.launches(config, A, W, out, *extras, tile)
+    A, W, scale, zeros, bias, input_scale, global_scale = operands
+    assert A is not None
+    steps: list[Launch] = []
+    first = 0
+    for family, tile, rows in plan.pieces(config, m, device):
+        some = slice(first, first + rows)
+        first += rows
+        here, packed, scales = A[some], W, None if input_scale is None else input_scale[some]
+        if family in (batch, batch8):  # TMA reads from multiples of 16 bytes
+            here, packed = _on_16_bytes(here), _on_16_bytes(W)
+        steps += family.launches(
+            config, here, packed, out[some], scale, zeros, bias, scales, global_scale, tile
+        )
     return steps
 
 

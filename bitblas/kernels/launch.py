@@ -24,6 +24,8 @@ import torch
 
 # whether kernels start before the one ahead of them in the stream is complete (sm_90 and up)
 PROGRAMMATIC_LAUNCH = os.environ.get("BITBLAS_PDL", "1") != "0"
+# rows of A up to which a row has the same bits for all m that share their tiles
+EQUAL_BITS = 512
 
 
 @dataclass(frozen=True, eq=False)

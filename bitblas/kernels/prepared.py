@@ -36,7 +36,8 @@ class Prepared:
         position: Callable[[Any], int],
     ) -> None:
         """operands: how many addresses `run` takes, and values of Varying among them; position:
-        which of them a tensor's or a Varying's is."""
+        which of them a tensor's or a Varying's is. Of operands on the meta device steps may also
+        take what begins later in them, such as rows."""
         self.index = current_device() if device.index is None else device.index
         self._device = torch.device(device.type, self.index)
         sources = [Source(step) for step in steps]
@@ -56,11 +57,17 @@ class Prepared:
         variable = operands + len(places) + 1
         places |= dict.fromkeys(flags, variable - 1)
         self._numbers: list[int] = []
+        self._later: list[tuple[int, int, int]] = []  # (which value, operand, bytes into it)
 
         def place(value: Any) -> int:
             if isinstance(value, (torch.Tensor, Varying)):
-                return position(value)
-            if value in places:
+                meta = isinstance(value, torch.Tensor) and value.is_meta
+                offset = value.data_ptr() if meta else 0
+                if offset == 0:
+                    return position(value)
+                self._later.append((variable + len(self._numbers), position(value), offset))
+                value = 0
+            elif value in places:
                 return places[value]
             self._numbers.append(value & _ALL_ONES)
             return variable + len(self._numbers) - 1
@@ -97,6 +104,8 @@ class Prepared:
             ]
             addresses = addresses + [x.data_ptr() for x in held]
         values = [*addresses, int(settled), *self._numbers]
+        for which, operand, offset in self._later:
+            values[which] = addresses[operand] + offset
         for invocation, slots in self._steps:
             invocation.start(stream, slots(values))
 
