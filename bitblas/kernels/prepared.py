@@ -61,8 +61,7 @@ class Prepared:
 
         def place(value: Any) -> int:
             if isinstance(value, (torch.Tensor, Varying)):
-                meta = isinstance(value, torch.Tensor) and value.is_meta
-                offset = value.data_ptr() if meta else 0
+                offset = _offset(value)
                 if offset == 0:
                     return position(value)
                 self._later.append((variable + len(self._numbers), position(value), offset))
@@ -161,6 +160,11 @@ def architecture(device: int) -> int:
     """A GPU's compute capability, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _offset(value: Any) -> int:
+    """Where a tensor on the meta device begins in its operand, in bytes."""
+    return value.data_ptr() if isinstance(value, torch.Tensor) and value.is_meta else 0
 
 
 def _scratch(binary: driver.Binary, step: Launch) -> list[Workspace | int]:
