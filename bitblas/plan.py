@@ -21,7 +21,7 @@ from .config import MatmulConfig
 from .kernels.launch import EQUAL_BITS
 from .log import logger
 
-_MOST_IN_PIECES = 0.96  # of the time in one piece that two should take at most
+_MOST_IN_PIECES = 0.975  # of the time in one piece that two should take at most
 _PIECE_ROWS = 256  # of A: the first piece has a multiple of them, the second at most four times
 
 Pieces = tuple[tuple[ModuleType, Any, int], ...]  # (kernel family, tile, rows of A)
