@@ -103,9 +103,9 @@ def test_exact_integers_that_cancel_before_they_are_floats_are_left_to_others(ou
             assert batch8.serves(make_config(w, zeros, **fields, out_dtype="int32"), 64, 90)
 
 
-def test_few_rows_of_8_bit_weights_are_left_to_others():
-    assert [batch8.serves(make_config("int8"), m, 90) for m in (1, 16, 17)] == [False, False, True]
-    assert batch8.serves(make_config("int4"), 1, 90)
+@pytest.mark.parametrize("w", ["int8", "uint8", "int4"])
+def test_any_number_of_rows_is_served(w):
+    assert all(batch8.serves(make_config(w), m, 90) for m in (1, 16, 17, 5000))
 
 
 def test_only_hopper_is_served():

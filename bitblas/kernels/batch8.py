@@ -17,7 +17,7 @@ from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..layouts import FRAGMENT_8, Fragment
 from .batch import SWEEP
 from .byte_decoders import ByteDecoder, byte_decoder, float_decoder
-from .decode import GPU, MAX_ROWS, SHARED_BYTES, group_of
+from .decode import GPU, SHARED_BYTES, group_of
 from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
 from .wgmma import (
@@ -68,8 +68,7 @@ def serves(config: MatmulConfig, m: int, arch: int) -> bool:
     Not those of integers alone whose results need sums of A and are floats, or of several groups:
     the portable family has them in int32, exactly.
     """
-    # H200, 8192 x 8192, m = 1: 20 us by the portable gemv, which reads 8-bit weights as fast
-    return arch // 10 == 9 and (m > MAX_ROWS or config.bits < 8) and _serves(config)
+    return arch // 10 == 9 and _serves(config)
 
 
 @lru_cache(maxsize=4096)
@@ -157,7 +156,8 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
 
 # block_m, bands, consumers, values of k in a stage, turns, split, blocks on a multiprocessor
 _SHAPES = {
-    8: ((8, 1, 1, 1024, 1, 4, 1), (8, 1, 1, 512, 1, 4, 1), (8, 1, 1, 256, 1, 2, 2)),
+    8: ((8, 1, 1, 1024, 1, 4, 1), (8, 1, 1, 512, 1, 4, 1), (8, 1, 1, 256, 1, 4, 1),
+        (8, 1, 1, 256, 1, 2, 2)),
     16: ((16, 1, 1, 128, 2, 4, 1), (16, 1, 1, 256, 1, 4, 1), (16, 1, 1, 256, 1, 2, 2)),
     32: ((32, 1, 1, 256, 1, 4, 1), (32, 1, 1, 256, 1, 2, 1)),
     64: ((64, 1, 1, 256, 1, 2, 1), (64, 1, 2, 128, 1, 2, 1), (64, 1, 2, 256, 1, 1, 1)),
