@@ -56,7 +56,7 @@ def is_faster(config: MatmulConfig, m: int, device: torch.device) -> bool:
         return False
     product = 2 * m * config.N * config.K / _PRODUCT_FLOPS_PER_US
     copy = config.N * config.K * (2 + config.bits / 8) / _DEQUANTIZED_BYTES_PER_US
-    ours = plan.microseconds(config, plan.pieces(config, m, device), device)
+    ours = plan.microseconds(config, plan.sections(config, m, device), device)
     return copy + product < (_PORTABLE_SLOWDOWN * product if ours is None else ours)
 
 

@@ -21,28 +21,28 @@ from .config import MatmulConfig
 from .kernels.launch import EQUAL_BITS
 from .log import logger
 
-_MOST_IN_PIECES = 0.975  # of the time in one piece that two should take at most
-_PIECE_ROWS = 256  # of A: the first piece has a multiple of them, the second at most four times
+_MOST_IN_SECTIONS = 0.975  # of the time in one section that two should take at most
+_SECTION_ROWS = 256  # of A: the first has a multiple of them, the second at most four times
 
-Pieces = tuple[tuple[ModuleType, Any, int], ...]  # (kernel family, tile, rows of A)
+Sections = tuple[tuple[ModuleType, Any, int], ...]  # (kernel family, tile, rows of A)
 
 
-def pieces(config: MatmulConfig, m: int, device: torch.device) -> Pieces:
+def sections(config: MatmulConfig, m: int, device: torch.device) -> Sections:
     """What computes m rows on a GPU: kernels that take so many rows each, one after the other.
 
     Mostly one. Tiles of many rows of A are the fastest, and an m that fills the last of them badly
     pays for what it lacks (uint4, 8192 x 8192, H200: m = 1024 177 us, 1040 230): then the rows
     beyond are a product of their own.
     """
-    best: Pieces = ((*pick(config, m, device), m),)
+    best: Sections = ((*pick(config, m, device), m),)
     if m <= EQUAL_BITS or _recorded_pick(config, m, device):
         return best
     time = microseconds(config, best, device)
     if time is None:
         return best
-    least = _MOST_IN_PIECES * time
-    last = (m - 1) // _PIECE_ROWS * _PIECE_ROWS
-    for first in range(max(last - 3 * _PIECE_ROWS, _PIECE_ROWS), last + 1, _PIECE_ROWS):
+    least = _MOST_IN_SECTIONS * time
+    last = (m - 1) // _SECTION_ROWS * _SECTION_ROWS
+    for first in range(max(last - 3 * _SECTION_ROWS, _SECTION_ROWS), last + 1, _SECTION_ROWS):
         two = tuple((*pick(config, rows, device), rows) for rows in (first, m - first))
         time = microseconds(config, two, device)
         if time is not None and time < least:
@@ -50,16 +50,16 @@ def pieces(config: MatmulConfig, m: int, device: torch.device) -> Pieces:
     return best
 
 
-def microseconds(config: MatmulConfig, pieces: Pieces, device: torch.device) -> float | None:
-    """What the pieces should take; None where a family has no cost model."""
-    if not all(hasattr(family, "microseconds") for family, *_ in pieces):
+def microseconds(config: MatmulConfig, sections: Sections, device: torch.device) -> float | None:
+    """What the sections should take; None where a family has no cost model."""
+    if not all(hasattr(family, "microseconds") for family, *_ in sections):
         return None
     gpu = _gpu(device)
-    return float(sum(each.microseconds(config, rows, tile, gpu) for each, tile, rows in pieces))
+    return float(sum(each.microseconds(config, rows, tile, gpu) for each, tile, rows in sections))
 
 
 def pick(config: MatmulConfig, m: int, device: torch.device) -> tuple[ModuleType, Any]:
-    """The kernel family for m rows on a GPU in one piece, and its tile."""
+    """The kernel family for m rows on a GPU in one section, and its tile."""
     return _recorded_pick(config, m, device) or candidates(config, m, device)[0]
 
 
@@ -130,7 +130,7 @@ def _gpu(device: torch.device) -> Any:
 def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> None:
     """Time `call`, of m rows, with the first `topk` candidates; record the fastest.
 
-    Where two pieces are planned, they are timed too, and nothing is recorded if they are faster.
+    Where two sections are planned, they are timed too, and nothing is recorded if they are faster.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -143,7 +143,7 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
         dataclasses.asdict(tile) for _, tile in candidates(config, m, device)[:topk]
     ]
     choices.pop(m, None)
-    if len(pieces(config, m, device)) > 1:
+    if len(sections(config, m, device)) > 1:
         tried.insert(0, None)  # what no choice leads to
     try:
         for tile in tried:

@@ -89,14 +89,14 @@ def test_planned_tiles(a, w, zeros, seed):
     ("a", "w", "m"),
     [("float16", "uint4", 1040), ("bfloat16", "uint4", 800), ("int8", "int4", 1100)],
 )
-def test_a_product_in_two_pieces(a, w, m, seed):
+def test_a_product_in_two_sections(a, w, m, seed):
     zeros = "original" if w == "uint4" else None
     group = 128 if a != "int8" else -1
     config = make_config(a, w, zeros, N=8192, K=2048, group_size=group, with_bias=True)
     problem = draw(config, m, seed, "cuda", with_input_scale=a == "int8")
     matmul = bitblas.Matmul(config)
     W = matmul.transform_weight(logical_weight(problem))
-    assert len(plan.pieces(config, m, W.device)) == 2
+    assert len(plan.sections(config, m, W.device)) == 2
     first = matmul(problem.A, W, **problem.extras())
     BatchProduct(problem).check(first)
     for _ in range(2):  # by way of the prepared call

@@ -18,7 +18,7 @@ if versions.why_no_gluon() is not None:
     pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
 
 from bitblas.formats import FORMATS
-from bitblas.kernels import batch
+from bitblas.kernels import batch, wgmma
 from bitblas.kernels import compile as compiler
 
 # each format once; the rest takes turns, so that a run stays within a minute
@@ -129,3 +129,27 @@ def test_the_parts_of_a_tile_are_counted_as_the_kernels_deal_them_out(shared, bo
         assert ((tile + 1) * bodies * blocks - 1) // units == owners[-1]
     most = max(owners[-1] - owners[0] + 1 for owners in spans)
     assert batch.parts(shared, bodies, blocks) == most
+
+
+@pytest.mark.parametrize(
+    ("m", "pieces", "tail", "fill"),
+    [
+        (84, (128, 0), 84, 44),
+        (1552, (256, 0), 16, 240),
+        (150, (128, 32), 22, 10),
+        (290, (128, 32), 2, 30),
+        (250, (128, 32), 90, 38),
+    ],
+)
+def test_the_last_rows_and_what_fills_up_are_a_piece(m, pieces, tail, fill):
+    A = torch.empty(m, 256, dtype=torch.float16, device="meta")
+    maps = wgmma.tail_maps(A, pieces, 64)
+    assert maps["TAIL"].box == [tail, 64] and maps["TAIL"].block_shape == [8, 64]
+    assert maps["FILL"].box == [fill, 32] and maps["FILL"].block_shape == [1, 32]
+
+
+@pytest.mark.parametrize("m", [128, 320, 448])
+def test_full_pieces_need_no_boxes_of_their_own(m):
+    A = torch.empty(m, 256, dtype=torch.float16, device="meta")
+    maps = wgmma.tail_maps(A, (128, 32) if m > 128 else (128, 0), 64)
+    assert not any(hasattr(x, "box") for x in maps.values())

@@ -353,7 +353,7 @@ def test_descriptors_follow_their_tensors(cuda):
 
 
 def test_a_step_may_take_later_rows_of_an_operand(cuda):
-    """As the pieces of a product do: pointers and descriptors begin that much further on."""
+    """As the sections of a product do: pointers and descriptors begin that much further on."""
     operands = [torch.empty(80, 64, dtype=torch.float16, device="meta") for _ in range(2)]
     order = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
     step = read_tile_launch(operands[0][16:], operands[1][64:], 32)

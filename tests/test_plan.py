@@ -103,18 +103,18 @@ def test_int8_activations_go_to_their_family(h200, monkeypatch):
 
 def test_rows_that_fill_a_tile_badly_are_a_product_of_their_own(h200):
     config = product(8192, 5120)
-    (first, tile, rows), (second, rest, more) = plan.pieces(config, 1040, DEVICE)
+    (first, tile, rows), (second, rest, more) = plan.sections(config, 1040, DEVICE)
     assert (first, tile) == (batch, batch.candidates(config, 1024)[0])
     assert (second, rest) == (decode, decode.candidates(config, 16)[0])
     assert (rows, more) == (1024, 16)
     int8 = MatmulConfig(N=8192, K=8192, A_dtype="int8", W_dtype="int4", with_scaling=True)
-    assert [family for family, *_ in plan.pieces(int8, 1040, DEVICE)] == [batch8, batch8]
+    assert [family for family, *_ in plan.sections(int8, 1040, DEVICE)] == [batch8, batch8]
 
 
-def test_pieces_have_all_rows_and_take_less_than_one(h200):
+def test_sections_have_all_rows_and_take_less_than_one(h200):
     config = product(8192, 5120)
     for m in range(17, 4200, 23):
-        found = plan.pieces(config, m, DEVICE)
+        found = plan.sections(config, m, DEVICE)
         assert sum(rows for *_, rows in found) == m
         assert m > 512 or len(found) == 1  # a row's bits are the same for all m of a tile
         whole = ((*plan.pick(config, m, DEVICE), m),)
@@ -126,9 +126,9 @@ def test_a_recorded_choice_is_taken_for_all_rows(h200, monkeypatch):
     config = product(8192, 5120)
     tile = batch.candidates(config, 1040)[1]
     monkeypatch.setattr(cache, "recorded_choices", lambda *_: {1040: dataclasses.asdict(tile)})
-    assert plan.pieces(config, 1040, DEVICE) == ((batch, tile, 1040),)
+    assert plan.sections(config, 1040, DEVICE) == ((batch, tile, 1040),)
 
 
 def test_families_without_a_cost_model_take_all_rows(h200, monkeypatch):
     monkeypatch.setattr(plan, "_architecture", lambda device: 80)
-    assert len(plan.pieces(product(8192, 5120), 1040, DEVICE)) == 1
+    assert len(plan.sections(product(8192, 5120), 1040, DEVICE)) == 1

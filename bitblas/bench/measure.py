@@ -56,8 +56,8 @@ def our_products(
     config = operator.config
     if all_tiles:
         return _tiles(config, m, device)
-    pieces = plan.pieces(config, m, device)
-    return [(" + ".join(tile_name(family, tile) for family, tile, _ in pieces), served)]
+    sections = plan.sections(config, m, device)
+    return [(" + ".join(tile_name(family, tile) for family, tile, _ in sections), served)]
 
 
 @dataclass(frozen=True)

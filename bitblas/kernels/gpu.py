@@ -181,7 +181,7 @@ def _launches(
     assert A is not None
     steps: list[Launch] = []
     first = 0
-    for family, tile, rows in plan.pieces(config, m, device):
+    for family, tile, rows in plan.sections(config, m, device):
         some = slice(first, first + rows)
         first += rows
         here, packed, scales = A[some], W, None if input_scale is None else input_scale[some]

@@ -48,8 +48,11 @@ def _bucket_step(m: int) -> int:
     return 32 if m <= 192 else max(64, 1 << ((m - 1).bit_length() - 3))
 
 
-def tma_map(x: torch.Tensor, block: list[int], swizzled: bool = True) -> Any:
-    """A TMA map of a row-major matrix, swizzled as wgmma reads it or not at all."""
+def tma_map(
+    x: torch.Tensor, block: list[int], box: list[int] | None = None, swizzled: bool = True
+) -> Any:
+    """A TMA map of a row-major matrix, swizzled as wgmma reads it or not at all. box: what is
+    loaded at a time, where that is not the block that the kernel is told of."""
     from .versions import TensorDescriptor, gl
 
     # the layout depends on the size alone
@@ -58,23 +61,25 @@ def tma_map(x: torch.Tensor, block: list[int], swizzled: bool = True) -> Any:
         layout = gl.NVMMASharedLayout.get_default_for(block, kind)
     else:
         layout = gl.NVMMASharedLayout(0, kind.primitive_bitwidth, len(block))
-    return TensorDescriptor.from_tensor(x, block, layout)
+    found = TensorDescriptor.from_tensor(x, block, layout)
+    if box is not None:
+        found.box = box  # for driver.TensorMap
+    return found
 
 
 def tail_maps(A: torch.Tensor, pieces: tuple[int, int], columns: int) -> dict[str, Any]:
     """The maps by which the last rows of A (m, K) are loaded where they do not fill a piece of a
-    tile. TAIL: the rows that there are, FILL: words of as many others as a piece lacks. The kernel
-    takes boxes of 8 rows and of 1 for them: it depends on m how many they are."""
+    tile. TAIL: the rows that there are, FILL: words of as many others as a piece lacks. The kernel,
+    which is the same for every m, is told of 8 rows and of 1."""
     first, more = pieces
     tail, piece = A.shape[0] % (first + more), first
     if more and tail >= first:
         tail, piece = tail - first, more
-    rows = tma_map(A, [8, columns])
-    fill = tma_map(A.view(torch.int32), [1, 32], swizzled=False)
-    if tail:
-        rows.box = [tail, columns]
-        fill.box = [piece - tail, 32]
-    return {"TAIL": rows, "FILL": fill}
+    rows, others = ([tail, columns], [piece - tail, 32]) if tail else (None, None)
+    return {
+        "TAIL": tma_map(A, [8, columns], rows),
+        "FILL": tma_map(A.view(torch.int32), [1, 32], others, swizzled=False),
+    }
 
 
 def results_map(out: torch.Tensor, block: list[int]) -> Any:
