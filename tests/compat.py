@@ -292,7 +292,7 @@ def meta(shape: Any, dtype: torch.dtype) -> torch.Tensor:
 def most_local_bytes(family: str) -> int:
     """Of stack and spilled registers. Large-m tiles of the portable family can fill all registers:
     up to 80 bytes then pass through memory, in a dozen of some thousand instructions. Decode tiles
-    are chosen so that they fit; a few miss it by 2 to 16 words. In the batch families the warps
+    are chosen so that they fit; a few miss it by 2 to 20 words. In the batch families the warps
     that prepare scales keep what does not change in memory: up to 112 bytes, more with Triton 3.7
     and 3.8. Of attention, 64 rows of int8 and dim 256 of 16 bits spill, more from 3.8 on."""
     import triton
@@ -301,7 +301,7 @@ def most_local_bytes(family: str) -> int:
     batch = 192 if release in ("3.7", "3.8") else 128
     attention = 96 if release in ("3.6", "3.7") else 160
     most = {
-        "portable": 96, "decode": 64, "batch": batch, "batch8": 144, "attention": attention,
+        "portable": 96, "decode": 80, "batch": batch, "batch8": 144, "attention": attention,
     }  # fmt: skip
     return most.get(family, 0)
 
