@@ -224,6 +224,14 @@ def of_lane(x: Tensor, lane: Tensor) -> Tensor:
     return Tensor(np.take_along_axis(x.data, np.broadcast_to(lane.data, x.data.shape), 1))
 
 
+def load_words(count: int, pointer: Pointer, inside: Tensor) -> Any:
+    mask = Tensor(inside.data != 0)
+    words = Pointer(pointer.memory, np.int32, pointer.offset)
+    assert (np.broadcast_to(words.offset, mask.data.shape)[mask.data] % (4 * count) == 0).all()
+    found = tuple(load(words + i, mask) for i in range(count))
+    return found[0] if count == 1 else found
+
+
 INSTRUCTIONS = {  # the first whose name occurs in the text
     "mma.sync.aligned.m16n8k32.row.col.s32.u8": lambda *x: integer_mma(True, *x),
     "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
@@ -242,6 +250,9 @@ INSTRUCTIONS = {  # the first whose name occurs in the text
     "shfl.sync.bfly": lambda x, mask: Tensor(x.data[:, LANE ^ mask]),
     "shfl.sync.idx": of_lane,
     "movmatrix": movmatrix,
+    ".b32 $0, [": lambda *x: load_words(1, *x),
+    ".v2.b32": lambda *x: load_words(2, *x),
+    ".v4.b32": lambda *x: load_words(4, *x),
     "bar.warp.sync": lambda: None,
     "griddepcontrol": lambda: None,
 }

@@ -129,7 +129,8 @@ def test_few_queries_read_caches_in_large_pieces(cache, dim, q_len, dtype, arch)
     assert tile.kernel == ("codes" if integers else "few")
     assert attend.count("IMMA" if integers else "HMMA") > 0
     piece = ".64" if (cache, dim) == ("int4", 64) else ".128"  # a quarter of a key
-    assert any(op.startswith("LDG") and op.endswith(piece) for op in attend.opcodes)
+    # L2 is asked for whole lines
+    assert any(op.startswith("LDG") and op.endswith("LTC128B" + piece) for op in attend.opcodes)
     assert not attend.count("LDGSTS")
 
 

@@ -128,8 +128,8 @@ def launches(
             **dict(zip(("o_batch", "o_token", "o_head"), _strides(out))),
         }  # fmt: skip
         constants = {
-            "HEADS": heads, "DIM": dim, "D": padded, "MOST": _MOST_SPLITS,
-            "CHUNK": min(32, 4096 // padded), "PDL": pdl,
+            "HEADS": heads, "DIM": dim, "D": padded, "CHUNK": min(32, 4096 // padded),
+            "PDL": pdl,
         }  # fmt: skip
         options = {"launch_pdl": True} if pdl else {}
         steps.append(Launch(kernels.combine, (rows,), combined, constants, 4, 1, options))
@@ -267,10 +267,10 @@ def _tile_for_codes(
     dim: int, kinds: Sequence[str], heads: int, multiprocessors: int, k_len: int
 ) -> Tile:
     """heads: key heads of the whole batch."""
-    # H200, int4, 8 x 32768 keys of 8 heads: dim 128: 90 to 98 us with 12 warps on a multiprocessor,
-    # 103 with 16, 111 with 20; dim 64: 61 with 12, 55 with 16; dim 256: 150 with 8, 164 with 12
+    # H200, int4, 8 x 32768 keys of 8 heads, in one run: dim 128: 79 us with 12 warps on a
+    # multiprocessor, 77 with 16; dim 256: 150 with 8, 164 with 12. int8: 141 with 12, 149 with 16
     registers = 255 if dim > 128 else 168
-    if dim == 64 and set(kinds) == {"int4"}:
+    if dim <= 128 and set(kinds) == {"int4"}:
         registers = 128
     keys, warps = 32, 4
     resident = 65536 // (32 * warps * registers)

@@ -139,19 +139,19 @@ def fixed_query(words, digit, KIND: gl.constexpr, BF16: gl.constexpr):
 def load_codes(
     K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
     K_KIND: gl.constexpr, V_KIND: gl.constexpr, K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr,
-    KEYS: gl.constexpr, K_WORDS: gl.constexpr, V_WORDS: gl.constexpr, WARPS: gl.constexpr,
+    KEYS: gl.constexpr, K_WORDS: gl.constexpr, V_WORDS: gl.constexpr,
 ):  # fmt: skip
     """What a warp needs for a step: (keys, their scales, zeros, values, their scales, zeros)."""
     k_zeros = ()
     v_zeros = ()
-    k_scales = load_pairs(K_SCALE, first, g, hi, KEYS, WARPS)
+    k_scales = load_pairs(K_SCALE, first, g, hi, KEYS)
     if K_KIND == "int4":
-        k_zeros = load_pairs(K_ZEROS, first, g, hi, KEYS, WARPS)
-    keys = load_keys(K, first, g, c, hi, K_TOKEN, KEYS, K_WORDS, WARPS)
-    v_scales = load_pairs(V_SCALE, first, g, hi, KEYS, WARPS)
+        k_zeros = load_pairs(K_ZEROS, first, g, hi, KEYS)
+    keys = load_keys(K, first, g, c, hi, K_TOKEN, KEYS, K_WORDS)
+    v_scales = load_pairs(V_SCALE, first, g, hi, KEYS)
     if V_KIND == "int4":
-        v_zeros = load_pairs(V_ZEROS, first, g, hi, KEYS, WARPS)
-    values = load_values(V, first, g, c, hi, V_TOKEN, KEYS, V_WORDS, WARPS)
+        v_zeros = load_pairs(V_ZEROS, first, g, hi, KEYS)
+    values = load_values(V, first, g, c, hi, V_TOKEN, KEYS, V_WORDS)
     return keys, k_scales, k_zeros, values, v_scales, v_zeros
 
 
@@ -372,7 +372,7 @@ def attend_codes(
     first = lo + warp * KEYS
     step = load_codes(
         K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first, g, c, hi,
-        K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
+        K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS,
     )  # fmt: skip
     keep_loads_here()
 
@@ -381,7 +381,7 @@ def attend_codes(
     query = r // GROUP
     pointer = Q + batch * (q_batch * 4) + query.to(gl.int64) * (q_token * 4)
     pointer += (head * GROUP + r % GROUP) * (q_head * 4)
-    words = load_query(pointer, c, query < q_len, K_KIND, K_WORDS, DIM, WARPS)
+    words = load_query(pointer, c, query < q_len, K_KIND, K_WORDS, DIM)
     queries, factor, total = fixed_query(words, g % 2, K_KIND, BF16)
     factor = of_lane(factor, 8 * c) * (SCALE / TIMES)  # of query c, as everything below
     total = of_lane(total, 8 * c) * TIMES
@@ -401,7 +401,7 @@ def attend_codes(
     for _ in range((hi - lo + STRIDE - 1) // STRIDE):
         next_step = load_codes(
             K, V, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, first + STRIDE, g, c, hi,
-            K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS, WARPS,
+            K_KIND, V_KIND, K_TOKEN, V_TOKEN, KEYS, K_WORDS, V_WORDS,
         )  # fmt: skip
         keep_loads_here()
         numbers = step_numbers(step, first, g, hi, K_KIND, V_KIND, BF16, KEYS)

@@ -331,31 +331,34 @@ def attend(
 @triton.jit
 def combine(
     PARTS, LSE, OUT, rows, q_len, splits, o_batch, o_token, o_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A row of OUT from its parts, [splits, rows, DIM] float32, and the log2 of their sums.
 
-    splits: MOST at most. CHUNK: how many parts are read at a time. Parts are always added in the
-    same order. PDL: started while the parts are still being computed.
+    CHUNK: how many parts are read at a time. Parts are always added in the same order. PDL: started
+    while the parts are still being computed.
     """
     if PDL:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, MOST)
-    lse = tl.load(LSE + s * rows + row, mask=s < splits, other=float("-inf"))
-    largest = tl.max(lse, 0)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.math.exp2(lse - largest), 0)
     d = tl.arange(0, D)
     acc = tl.zeros([D], tl.float32)
+    largest = float("-inf")
+    total = 0.0
     for start in range(0, splits, CHUNK):
         part = start + tl.arange(0, CHUNK)
-        weight = tl.load(LSE + part * rows + row, mask=part < splits, other=float("-inf"))
-        weight = tl.math.exp2(weight - largest)
+        lse = tl.load(LSE + part * rows + row, mask=part < splits, other=float("-inf"))
         mask = (part[:, None] < splits) & (d[None, :] < DIM)
         offsets = (part[:, None] * rows.to(tl.int64) + row) * DIM + d[None, :]
-        acc += tl.sum(tl.load(PARTS + offsets, mask=mask, other=0) * weight[:, None], 0)
+        values = tl.load(PARTS + offsets, mask=mask, other=0)
+        top = tl.maximum(largest, tl.max(lse, 0))
+        unit = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.math.exp2(largest - unit)
+        weight = tl.math.exp2(lse - unit)
+        total = total * factor + tl.sum(weight, 0)
+        acc = acc * factor + tl.sum(values * weight[:, None], 0)
+        largest = top
     acc *= tl.where(total > 0, 1 / total, 0.0)
     head = row % HEADS
     token = row // HEADS
