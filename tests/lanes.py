@@ -46,6 +46,12 @@ class Tensor:
     def expand_dims(self, axis: int) -> Tensor:
         return Tensor(np.expand_dims(self.data, axis))
 
+    def permute(self, order: Sequence[int]) -> Tensor:
+        return Tensor(self.data.transpose(order))
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
     def __index__(self) -> int:
         return int(self.data)
 
@@ -127,6 +133,24 @@ class Shared:
         return Tensor(self.data.copy())
 
 
+class Panels(Shared):
+    """Words of shared memory [panels * rows, 32] as a matrix of panels' float16, side by side."""
+
+    def __init__(self, words: Shared, shape: Sequence[int]) -> None:
+        self.words, self.rows = words.data, shape[0]
+
+    @property
+    def data(self) -> np.ndarray:  # type: ignore[override]
+        panels = self.words.view(np.float16).reshape(-1, self.rows, 64)
+        return panels.transpose(1, 0, 2).reshape(self.rows, -1)
+
+    def permute(self, order: Sequence[int]) -> Any:
+        return SimpleNamespace(matrix=lambda: self.data.transpose(order))
+
+    def matrix(self) -> np.ndarray:
+        return self.data
+
+
 # --- instructions ----------------------------------------------------------------------------
 
 
@@ -192,6 +216,12 @@ def bytes_of(x: Any) -> np.ndarray:
     return np.ascontiguousarray(x.data, np.int32)[..., None].view(np.int8)
 
 
+def halves_of_bytes(x: Any) -> list[np.ndarray]:
+    """[..., 2] float32 of the first two and of the last two bytes of a register."""
+    codes = bytes_of(x).astype(np.float32)
+    return [codes[..., :2], codes[..., 2:]]
+
+
 def prmt(x: Tensor, y: Tensor, selector: int) -> Tensor:
     both = [np.ascontiguousarray(v.data, np.int32)[..., None].view(np.uint8) for v in (x, y)]
     table = np.concatenate(np.broadcast_arrays(*both), -1)
@@ -237,6 +267,8 @@ INSTRUCTIONS = {  # the first whose name occurs in the text
     "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": lambda *x: mma(True, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": lambda *x: mma(False, *x),
+    "lop3.b32 $0, $1, $2, $3, 0xEA": lambda x, mask, bits: Tensor(x.data & mask | bits),
+    "xor.b32 u, $2, 0x80808080": lambda x: tuple(register(h) for h in halves_of_bytes(x)),
     "prmt.b32": prmt,
     "sub.f16x2": lambda x, y: register(halves(x) - halves(y)),
     "cvt.rn.f16x2.e4m3x2": from_e4m3,
@@ -247,6 +279,7 @@ INSTRUCTIONS = {  # the first whose name occurs in the text
     "rcp.approx": lambda x: Tensor(1 / x.data),
     "ex2.approx": lambda x: Tensor(np.exp2(x.data)),
     "lg2.approx": lambda x: Tensor(np.log2(x.data)),
+    "redux.sync.max.s32": lambda x: Tensor(np.full_like(x.data, x.data.max())),
     "shfl.sync.bfly": lambda x, mask: Tensor(x.data[:, LANE ^ mask]),
     "shfl.sync.idx": of_lane,
     "movmatrix": movmatrix,
@@ -285,6 +318,8 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Tensor
         pointer.memory, pointer.element, np.broadcast_to(pointer.offset, inside.shape)
     )
     values = pointer.elements()[pointer.places(inside)]
+    if pointer.element == BFLOAT16:  # which NumPy lacks
+        values = (values.astype(np.int32) << 16).view(np.float32)
     return Tensor(np.where(inside, values, np.asarray(other, values.dtype)))
 
 
@@ -326,10 +361,27 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
         convert_layout=lambda x, layout, assert_trivial=False: x,
         join=lambda x, y: Tensor(np.stack((x.data, y.data), -1)),
         split=lambda x: (Tensor(x.data[..., 0]), Tensor(x.data[..., 1])),
+        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, dtype)),
+        to_tensor=lambda x: Tensor(np.float32(x)), bfloat16=BFLOAT16,
+        DistributedLinearLayout=nothing, NVMMADistributedLayout=nothing,
+        DotOperandLayout=nothing, NVMMASharedLayout=nothing,
         max=lambda x, axis: Tensor(x.data.max(axis)),
         sum=lambda x, axis: Tensor(x.data.sum(axis)),
         allocate_shared_memory=lambda dtype, shape, layout: Shared(np.full(shape, np.nan, dtype)),
     )  # fmt: skip
+
+
+def warpgroup_mma(a: Any, b: Any, c: Tensor, use_acc: bool = True, is_async: bool = True) -> Tensor:
+    """At once, though what it reads may still change before the wait for it."""
+    product = a.data.astype(np.float32) @ b.matrix().astype(np.float32)
+    return Tensor(product + c.data if use_acc else product)
+
+
+def span_of_tensors(*bounds: Any) -> Any:
+    """A range, whose numbers are scalars of the kernel where it has a step."""
+    if len(bounds) < 3:
+        return range(*map(int, bounds))
+    return (Tensor(np.int32(i)) for i in range(*map(int, bounds)))
 
 
 IMPORT = re.compile(r"^from \.\S+ import (\([^)]*\)|.*$)", re.MULTILINE)
@@ -358,6 +410,11 @@ def run(
         names: dict[str, Any] = {
             "gl": namespace(grid, position),
             "gluon": SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f),
+            "range": span_of_tensors,
+            "reinterpret": lambda words, dtype, shape, layout: Panels(words, shape),
+            "warpgroup_mma": warpgroup_mma,
+            "warpgroup_mma_wait": lambda _, deps: deps[0],
+            "fence_async_shared": lambda: None,
             "let_next_kernel_start": lambda: None,
             "keep_loads_here": lambda: None,
         }

@@ -37,8 +37,21 @@ def test_few_queries(k_cache, v_cache, dim):
     run(draw(q_len=3, k_len=517, causal=True, **shape))
 
 
+@pytest.mark.parametrize("k_cache, v_cache, dim", FEW)
+def test_some_dozens_of_rows(k_cache, v_cache, dim):
+    """17, 20, 32, 33, 64 and 160 rows of a key head."""
+    dtype = "bfloat16" if dim == 128 else "float16"
+    shape = dict(kv_heads=2, dim=dim, dtype=dtype, caches=(k_cache, v_cache), device="cuda")
+    run(draw(q_len=17, heads=2, k_len=1003, causal=True, **shape))
+    run(draw(q_len=5, heads=8, k_len=517, lengths=[517, 0], **shape))
+    run(draw(q_len=8, heads=8, k_len=1003, lengths=[1003, 77], causal=True, **shape))
+    run(draw(q_len=33, heads=2, k_len=4001, **shape))
+    run(draw(q_len=16, heads=8, k_len=1003, causal=True, **shape))
+    run(draw(q_len=40, heads=8, k_len=301, lengths=[301, 35], causal=True, **shape))
+
+
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("dim, q_len", [(128, 1), (256, 1), (128, 4)])
+@pytest.mark.parametrize("dim, q_len", [(128, 1), (256, 1), (128, 4), (128, 8), (128, 16)])
 def test_many_keys_whose_values_nearly_cancel(cache, dim, q_len):
     shape = dict(batch=1, heads=8, kv_heads=2, dim=dim, caches=(cache, cache), device="cuda")
     run(draw(q_len=q_len, k_len=131001, **shape))
@@ -80,7 +93,7 @@ def test_cudnn_masks_equal_lengths_only():
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("q_len", [1, 8, 40])
 def test_equal_calls_give_equal_bits(cache, q_len):
     problem = draw(q_len=q_len, heads=8, k_len=3001, dim=128, caches=(cache, cache), device="cuda")
     first = run(problem)

@@ -19,7 +19,7 @@ if versions.why_no_gluon() is not None:
     pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
 
 FOLDER = Path(attention.__file__).parent
-MODULES = [FOLDER / f"attention_{name}_kernels.py" for name in ("decode", "codes")]
+MODULES = [FOLDER / f"attention_{name}_kernels.py" for name in ("decode", "codes", "rows")]
 INTEGERS = [("int8", "int8"), ("int4", "int4"), ("int4", "int8"), ("int8", "int4")]
 
 
@@ -138,3 +138,34 @@ def test_integer_codes_do_not_hide_what_is_no_number(spoilt):
         problem.extras[spoilt][0, 50, 0] = float("nan")
     out = run(problem, codes_tile(2))
     assert out[0, 0, 1].isnan().all() and out[0, 0, 2:].isfinite().all()
+
+
+ROWS = attention.Tile(32, 64, 4, 1, 2, "rows")
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_of_a_tile(cache, dim, dtype):
+    problem = draw(2, 5, 10, 2, 203, dim, dtype, caches=(cache, cache), lengths=[203, 77])
+    problem.check(run(problem, ROWS))
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+@pytest.mark.parametrize("k_len", [150, 450])
+def test_rows_of_causal_queries(cache, k_len):
+    """70 rows are two tiles. Of 450 keys some rows see all."""
+    problem = draw(2, 35, 4, 2, k_len, 64, caches=(cache, cache), causal=True, lengths=[k_len, 20])
+    problem.check(run(problem, replace(ROWS, splits=1)))
+
+
+def test_rows_of_keys_and_values_of_different_kinds():
+    for caches in (("int4", "int8"), ("e4m3_float8", "int4")):
+        problem = draw(heads=40, k_len=150, dim=128, caches=caches, lengths=[150, 0])
+        problem.check(run(problem, ROWS))
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+def test_rows_of_tiny_values_keep_their_digits(cache):
+    problem = draw(q_len=20, k_len=100, dim=64, caches=(cache, cache), value_scale=1e-4)
+    problem.check(run(problem, replace(ROWS, splits=1)))

@@ -43,7 +43,7 @@ class Tile:
     num_warps: int
     num_stages: int
     splits: int = 1
-    kernel: str = "many"  # or "few", "codes"
+    kernel: str = "many"  # or "rows", "few", "codes"
     registers: int = 0  # of a thread, at most; 0: what the compiler takes
 
 
@@ -115,7 +115,7 @@ def launches(
         "PEEL": tile.block_m > 16 and not quantised, "NATIVE_FP8": arch >= 89, "PDL": pdl,
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
-    if tile.kernel in ("few", "codes"):
+    if tile.kernel != "many":
         steps = [_few_launch(operands, arguments, constants, causal, tile, grid)]
     else:
         steps = [
@@ -140,10 +140,11 @@ def _few_launch(
     operands: Operands, arguments: dict[str, Any], constants: dict[str, Any], causal: bool,
     tile: Tile, grid: tuple[int, ...],
 ) -> Launch:  # fmt: skip
-    """attend_few or attend_codes in place of attend: words for elements, the stride of tokens
-    known."""
+    """attend_rows, attend_few or attend_codes in place of attend: words for elements, the stride of
+    tokens known."""
     from . import attention_codes_kernels as codes_kernels
     from . import attention_decode_kernels as decode_kernels
+    from . import attention_rows_kernels as rows_kernels
 
     Q = operands.Q
     arguments = dict(arguments)
@@ -159,6 +160,10 @@ def _few_launch(
     }  # fmt: skip
     if tile.kernel == "codes":
         function = codes_kernels.attend_codes
+    elif tile.kernel == "rows":
+        function = rows_kernels.attend_rows
+        constants |= {"HALVES": tile.block_m // 32, "LATE": tile.block_m == 32}
+        del constants["KEYS"], constants["WARPS"]
     else:
         function = decode_kernels.attend_few
         constants |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
@@ -214,6 +219,9 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
             return _tile_for_codes(dim, kinds, heads, multiprocessors, k_len)
         kind = max(kinds, key=list(_FEW).index)
         return _tile_for_few(rows, dim, kind, heads, multiprocessors, k_len)
+    if quantised and rows > 16 and arch == 90 and dim <= 128 and _serves_few(operands, arch):
+        if "dense" not in (kind_of(K, Q), kind_of(V, Q)):
+            return _tile_for_rows(rows, kv_heads * batch, multiprocessors, k_len)
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
     elif quantised and dim > 128:
@@ -276,6 +284,16 @@ def _tile_for_codes(
     resident = 65536 // (32 * warps * registers)
     splits = _parts(resident * multiprocessors // heads, k_len, warps * keys)
     return Tile(4, keys, warps, 1, splits, "codes", registers)
+
+
+def _tile_for_rows(rows: int, heads: int, multiprocessors: int, k_len: int) -> Tile:
+    """heads: key heads of the whole batch."""
+    # H200, 8 x 32768 keys of 8 heads: up to 32 rows three blocks on a multiprocessor, int8 247 us,
+    # int4 240 (two: 257, 265); 64 rows two: 269, 268 (three: 328, 285)
+    block_m, resident, registers = (32, 3, 168) if rows <= 32 else (64, 2, 255)
+    blocks = -(-rows // block_m) * heads
+    splits = _parts(resident * multiprocessors // blocks, k_len, 64)
+    return Tile(block_m, 64, 4, 1, splits, "rows", registers)
 
 
 def _serves_few(operands: Operands, arch: int) -> bool:
