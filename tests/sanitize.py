@@ -61,6 +61,8 @@ ATTENTION = [
     (2, 4, 131, 256, "int4", "int4", attention.Tile(4, 64, 2, 1, 1, "codes")),
     (2, 5, 131, 64, "e4m3_float8", "float16", attention.Tile(8, 16, 4, 1, 3, "few")),
     (1, 9, 131, 128, "int4", "float16", attention.Tile(16, 32, 4, 2, 1, "few")),
+    (2, 20, 131, 64, "int8", "int4", attention.Tile(32, 64, 4, 1, 3, "rows", 168)),
+    (1, 50, 203, 128, "int4", "e4m3_float8", attention.Tile(64, 64, 4, 1, 2, "rows", 255)),
     (2, 20, 131, 72, "int8", "int4", attention.Tile(32, 64, 4, 2, 2)),
     (2, 70, 131, 64, "float16", "float16", attention.Tile(64, 64, 4, 2)),
 ]
