@@ -146,9 +146,10 @@ ROWS = attention.Tile(32, 64, 4, 1, 2, "rows")
 @pytest.mark.parametrize("cache", CACHES[1:])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rows_of_a_tile(cache, dim, dtype):
+@pytest.mark.parametrize("block_m", [32, 64])
+def test_rows_of_a_tile(cache, dim, dtype, block_m):
     problem = draw(2, 5, 10, 2, 203, dim, dtype, caches=(cache, cache), lengths=[203, 77])
-    problem.check(run(problem, ROWS))
+    problem.check(run(problem, replace(ROWS, block_m=block_m)))
 
 
 @pytest.mark.parametrize("cache", CACHES[1:])

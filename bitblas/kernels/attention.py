@@ -212,24 +212,22 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
     kv_heads = V.shape[2]
     rows = heads // kv_heads * q_len
     quantised = K.dtype != Q.dtype or V.dtype != Q.dtype
+    kinds = [kind_of(x, Q) for x in (K, V)]
     if rows <= 16 and _serves_few(operands, arch):
-        kinds = [kind_of(x, Q) for x in (K, V)]
         heads = kv_heads * batch
         if rows <= 4 and set(kinds) <= {"int8", "int4"}:
             return _tile_for_codes(dim, kinds, heads, multiprocessors, k_len)
         kind = max(kinds, key=list(_FEW).index)
         return _tile_for_few(rows, dim, kind, heads, multiprocessors, k_len)
-    if quantised and rows > 16 and arch == 90 and dim <= 128 and _serves_few(operands, arch):
-        if "dense" not in (kind_of(K, Q), kind_of(V, Q)):
-            return _tile_for_rows(rows, kv_heads * batch, multiprocessors, k_len)
+    if "dense" not in kinds and arch == 90 and dim <= 128 and _serves_few(operands, arch):
+        return _tile_for_rows(rows, kinds, kv_heads * batch, multiprocessors, k_len)
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
     elif quantised and dim > 128:
         tile = Tile(32, 64, 8, 2)
     elif quantised:
         # H200, 64 rows, int8: 277 us with 64 rows and 128 keys, 340 with 64 keys; int4 would spill
-        int4 = "int4" in (kind_of(K, Q), kind_of(V, Q))
-        tile = Tile(32 if int4 else 64, 128, 4, 2)
+        tile = Tile(32 if "int4" in kinds else 64, 128, 4, 2)
     elif dim <= 64:
         tile = Tile(128, 64, 4, 3)
     else:
@@ -286,11 +284,14 @@ def _tile_for_codes(
     return Tile(4, keys, warps, 1, splits, "codes", registers)
 
 
-def _tile_for_rows(rows: int, heads: int, multiprocessors: int, k_len: int) -> Tile:
-    """heads: key heads of the whole batch."""
-    # H200, 8 x 32768 keys of 8 heads: up to 32 rows three blocks on a multiprocessor, int8 247 us,
-    # int4 240 (two: 257, 265); 64 rows two: 269, 268 (three: 328, 285)
-    block_m, resident, registers = (32, 3, 168) if rows <= 32 else (64, 2, 255)
+def _tile_for_rows(
+    rows: int, kinds: Sequence[str], heads: int, multiprocessors: int, k_len: int
+) -> Tile:
+    """kinds: of K and V; heads: key heads of the whole batch."""
+    # H200, 8 x 32768 keys of 8 heads. int4: 32 rows, three blocks on a multiprocessor, 224 us;
+    # 64 rows, two, 293. Bytes spill with three blocks: 285 at 32 rows, 260 at 64 with two.
+    few = rows <= 32 and "int4" in kinds
+    block_m, resident, registers = (32, 3, 168) if few else (64, 2, 255)
     blocks = -(-rows // block_m) * heads
     splits = _parts(resident * multiprocessors // blocks, k_len, 64)
     return Tile(block_m, 64, 4, 1, splits, "rows", registers)
