@@ -132,3 +132,19 @@ def test_a_recorded_choice_is_taken_for_all_rows(h200, monkeypatch):
 def test_families_without_a_cost_model_take_all_rows(h200, monkeypatch):
     monkeypatch.setattr(plan, "_architecture", lambda device: 80)
     assert len(plan.sections(product(8192, 5120), 1040, DEVICE)) == 1
+
+
+@pytest.mark.parametrize("sections_are_faster", [True, False])
+def test_tuning_times_two_sections_too(h200, monkeypatch, sections_are_faster):
+    config, choices = product(8192, 5120), {}
+    monkeypatch.setattr(cache, "recorded_choices", lambda *_: choices)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def milliseconds(call):
+        two = len(plan.sections(config, 1040, DEVICE)) == 2
+        return 1.0 if two == sections_are_faster else 2.0
+
+    monkeypatch.setattr(plan, "gpu_milliseconds", milliseconds)
+    plan.tune(config, 1040, 2, lambda: None)
+    best = dataclasses.asdict(batch.candidates(config, 1040)[0])
+    assert choices == ({} if sections_are_faster else {1040: best})
