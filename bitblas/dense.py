@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -54,6 +55,12 @@ def is_faster(config: MatmulConfig, m: int, device: torch.device) -> bool:
         return False
     if config.A_dtype not in ("float16", "bfloat16") or config.out_dtype != config.A_dtype:
         return False
+    return _planned_faster(config, m, device, cache.generation())
+
+
+@lru_cache(maxsize=4096)
+def _planned_faster(config: MatmulConfig, m: int, device: torch.device, generation: int) -> bool:
+    """generation: of the recorded choices, which the plan goes by."""
     product = 2 * m * config.N * config.K / _PRODUCT_FLOPS_PER_US
     copy = config.N * config.K * (2 + config.bits / 8) / _DEQUANTIZED_BYTES_PER_US
     ours = plan.microseconds(config, plan.sections(config, m, device), device)

@@ -142,14 +142,12 @@ def tune(config: MatmulConfig, m: int, topk: int, call: Callable[[], Any]) -> No
     tried: list[dict[str, Any] | None] = [
         dataclasses.asdict(tile) for _, tile in candidates(config, m, device)[:topk]
     ]
-    choices.pop(m, None)
-    if len(sections(config, m, device)) > 1:
-        tried.insert(0, None)  # what no choice leads to
     try:
+        choices.pop(m, None)
+        if len(sections(config, m, device)) > 1:
+            tried.insert(0, None)  # first, while nothing is recorded
         for tile in tried:
-            if tile is None:
-                choices.pop(m, None)
-            else:
+            if tile is not None:
                 choices[m] = tile
             cache.choices_changed()
             try:

@@ -28,7 +28,7 @@ def run(problem: Problem, tile: attention.Tile) -> torch.Tensor:
     Q, K, V = problem.tensors
     extras = {name: x for name, x in problem.extras.items() if name != "kv_len"}
     operands = attention.Operands(Q, K, V, **extras, lengths=problem.extras.get("kv_len"))
-    assert attention._serves_few(operands, 90)
+    assert attention._takes_words(operands, 90)
     out = torch.full_like(Q, float("nan"))
     attend = attention.launches(operands, out, problem.config.is_causal, tile, 90)[0]
     given = {

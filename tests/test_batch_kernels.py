@@ -153,3 +153,8 @@ def test_full_pieces_need_no_boxes_of_their_own(m):
     A = torch.empty(m, 256, dtype=torch.float16, device="meta")
     maps = wgmma.tail_maps(A, (128, 32) if m > 128 else (128, 0), 64)
     assert not any(hasattr(x, "box") for x in maps.values())
+
+
+def test_small_tiles_leave_what_they_lack_to_tma():
+    A = torch.empty(9, 256, dtype=torch.int8, device="meta")
+    assert wgmma.tail_maps(A, (16, 0), 128) == {"TAIL": None, "FILL": None}

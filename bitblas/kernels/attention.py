@@ -116,7 +116,7 @@ def launches(
     }  # fmt: skip
     grid = (tiles, kv_heads, batch * tile.splits)
     if tile.kernel != "many":
-        steps = [_few_launch(operands, arguments, constants, causal, tile, grid)]
+        steps = [_words_launch(operands, arguments, constants, causal, tile, grid)]
     else:
         steps = [
             Launch(kernels.attend, grid, arguments, constants, tile.num_warps, tile.num_stages)
@@ -136,7 +136,7 @@ def launches(
     return steps
 
 
-def _few_launch(
+def _words_launch(
     operands: Operands, arguments: dict[str, Any], constants: dict[str, Any], causal: bool,
     tile: Tile, grid: tuple[int, ...],
 ) -> Launch:  # fmt: skip
@@ -156,19 +156,18 @@ def _few_launch(
     kept = ("SCALE", "GROUP", "KV_HEADS", "DIM", "K_KIND", "V_KIND", "SPLIT", "PDL")
     constants = {name: constants[name] for name in kept} | token_strides | {
         "ROW_LIMITS": causal and Q.shape[1] > 1, "BF16": Q.dtype == torch.bfloat16,
-        "KEYS": tile.block_n, "WARPS": tile.num_warps,
     }  # fmt: skip
+    shape = {"KEYS": tile.block_n, "WARPS": tile.num_warps}
     if tile.kernel == "codes":
         function = codes_kernels.attend_codes
     elif tile.kernel == "rows":
         function = rows_kernels.attend_rows
-        constants |= {"HALVES": tile.block_m // 32, "LATE": tile.block_m == 32}
-        del constants["KEYS"], constants["WARPS"]
+        shape = {"HALVES": tile.block_m // 32, "LATE": tile.block_m == 32}
     else:
         function = decode_kernels.attend_few
-        constants |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
+        shape |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
     options = {"maxnreg": tile.registers} if tile.registers else {}
-    return Launch(function, grid, arguments, constants, tile.num_warps, 1, options)
+    return Launch(function, grid, arguments, constants | shape, tile.num_warps, 1, options)
 
 
 def expand_launch(
@@ -213,13 +212,13 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
     rows = heads // kv_heads * q_len
     quantised = K.dtype != Q.dtype or V.dtype != Q.dtype
     kinds = [kind_of(x, Q) for x in (K, V)]
-    if rows <= 16 and _serves_few(operands, arch):
+    if rows <= 16 and _takes_words(operands, arch):
         heads = kv_heads * batch
         if rows <= 4 and set(kinds) <= {"int8", "int4"}:
             return _tile_for_codes(dim, kinds, heads, multiprocessors, k_len)
         kind = max(kinds, key=list(_FEW).index)
         return _tile_for_few(rows, dim, kind, heads, multiprocessors, k_len)
-    if "dense" not in kinds and arch == 90 and dim <= 128 and _serves_few(operands, arch):
+    if "dense" not in kinds and arch == 90 and dim <= 128 and _takes_words(operands, arch):
         return _tile_for_rows(rows, kinds, kv_heads * batch, multiprocessors, k_len)
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
@@ -297,8 +296,8 @@ def _tile_for_rows(
     return Tile(block_m, 64, 4, 1, splits, "rows", registers)
 
 
-def _serves_few(operands: Operands, arch: int) -> bool:
-    """Whether attend_few and attend_codes take the operands, 16-byte aligned as they are."""
+def _takes_words(operands: Operands, arch: int) -> bool:
+    """Whether the kernels that read words take the operands, 16-byte aligned as they are."""
     Q, K, V, *numbers, _ = operands
     dim = Q.shape[3]
     wanted = 89 if "e4m3" in (kind_of(K, Q), kind_of(V, Q)) else 80

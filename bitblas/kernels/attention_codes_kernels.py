@@ -31,6 +31,7 @@ from .attention_decode_kernels import (
     load_query,
     load_values,
     log2,
+    of_head,
     of_lane,
     over_warps,
     permute_bytes,
@@ -324,16 +325,7 @@ def attend_codes(
     """
     if PDL:
         let_next_kernel_start()
-    WORD: gl.constexpr = gl.pointer_type(gl.int32)
-    Q = Q.to(WORD, bitcast=True)
-    K = K.to(WORD, bitcast=True)
-    V = V.to(WORD, bitcast=True)
-    K_SCALE = K_SCALE.to(WORD, bitcast=True)
-    V_SCALE = V_SCALE.to(WORD, bitcast=True)
-    if K_KIND == "int4":
-        K_ZEROS = K_ZEROS.to(WORD, bitcast=True)
-    if V_KIND == "int4":
-        V_ZEROS = V_ZEROS.to(WORD, bitcast=True)
+    Q = Q.to(gl.pointer_type(gl.int32), bitcast=True)
     L: gl.constexpr = lanes_layout(WARPS)
     EVERY: gl.constexpr = gl.SliceLayout(0, every_layout(WARPS))
     tile = tiles - 1 - gl.program_id(0)
@@ -349,14 +341,14 @@ def attend_codes(
     g = lane // 4
     c = lane % 4
 
-    K += batch * (k_batch * 4) + head.to(gl.int64) * (k_head * 4)
-    V += batch * (v_batch * 4) + head.to(gl.int64) * (v_head * 4)
-    K_SCALE += batch * (ks_batch * 2) + head * (ks_head * 2)
-    V_SCALE += batch * (vs_batch * 2) + head * (vs_head * 2)
+    K = of_head(K, batch, head.to(gl.int64), k_batch, k_head, 4)
+    V = of_head(V, batch, head.to(gl.int64), v_batch, v_head, 4)
+    K_SCALE = of_head(K_SCALE, batch, head, ks_batch, ks_head, 2)
     if K_KIND == "int4":
-        K_ZEROS += batch * (ks_batch * 2) + head * (ks_head * 2)
+        K_ZEROS = of_head(K_ZEROS, batch, head, ks_batch, ks_head, 2)
+    V_SCALE = of_head(V_SCALE, batch, head, vs_batch, vs_head, 2)
     if V_KIND == "int4":
-        V_ZEROS += batch * (vs_batch * 2) + head * (vs_head * 2)
+        V_ZEROS = of_head(V_ZEROS, batch, head, vs_batch, vs_head, 2)
     # words of a row: a quarter of a key's, an eighth of a value's
     K_WORDS: gl.constexpr = DIM // 32 if K_KIND == "int4" else DIM // 16
     V_WORDS: gl.constexpr = DIM // 64 if V_KIND == "int4" else DIM // 32

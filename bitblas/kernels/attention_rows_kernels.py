@@ -26,6 +26,7 @@ from .attention_decode_kernels import (
     TINY,
     from_e4m3,
     log2,
+    of_head,
     power_of_two,
     subtract_halves,
     unpack_halves,
@@ -481,15 +482,6 @@ def attend_rows(
     """
     if PDL:
         let_next_kernel_start()
-    WORD: gl.constexpr = gl.pointer_type(gl.int32)
-    K = K.to(WORD, bitcast=True)
-    V = V.to(WORD, bitcast=True)
-    K_SCALE = K_SCALE.to(WORD, bitcast=True)
-    V_SCALE = V_SCALE.to(WORD, bitcast=True)
-    if K_KIND == "int4":
-        K_ZEROS = K_ZEROS.to(WORD, bitcast=True)
-    if V_KIND == "int4":
-        V_ZEROS = V_ZEROS.to(WORD, bitcast=True)
     SCORES: gl.constexpr = product_layout(64)
     SUMS: gl.constexpr = product_layout(DIM)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -503,14 +495,14 @@ def attend_rows(
     if LENGTHS is not None:
         length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
     Q += batch * (q_batch * 8)
-    K += batch * (k_batch * 4) + head.to(gl.int64) * (k_head * 4)
-    V += batch * (v_batch * 4) + head.to(gl.int64) * (v_head * 4)
-    K_SCALE += batch * (ks_batch * 2) + head * (ks_head * 2)
-    V_SCALE += batch * (vs_batch * 2) + head * (vs_head * 2)
+    K = of_head(K, batch, head.to(gl.int64), k_batch, k_head, 4)
+    V = of_head(V, batch, head.to(gl.int64), v_batch, v_head, 4)
+    K_SCALE = of_head(K_SCALE, batch, head, ks_batch, ks_head, 2)
+    V_SCALE = of_head(V_SCALE, batch, head, vs_batch, vs_head, 2)
     if K_KIND == "int4":
-        K_ZEROS += batch * (ks_batch * 2) + head * (ks_head * 2)
+        K_ZEROS = of_head(K_ZEROS, batch, head, ks_batch, ks_head, 2)
     if V_KIND == "int4":
-        V_ZEROS += batch * (vs_batch * 2) + head * (vs_head * 2)
+        V_ZEROS = of_head(V_ZEROS, batch, head, vs_batch, vs_head, 2)
 
     last = length  # one behind the last key that a row of this tile sees
     all_see = length

@@ -184,14 +184,13 @@ def load_rows(A, TAIL, FILL, barrier, a_smem, buffer, row, stage, M, P: gl.const
     """Loads a stage of A's rows from `row` on. In place of those beyond the last come the first:
     they have no part in any result that is stored, and TMA takes about six cycles for 128 bytes
     that are not there, more than for those that it reads (int4 x int8, 8192 x 8192, m = 84, tiles
-    of 128 rows, H200: 26.5 us with zeros from beyond the edge, 16.2 this way). Not so in tiles of
-    up to 16 rows, where a second box costs more (m = 9: 10.4 with zeros, 12.5)."""
-    STEPS: gl.constexpr = P.STEPS
-    ROWS: gl.constexpr = A.block_type.shape[0]
-    SOME: gl.constexpr = TAIL.block_type.shape[0]
-    if ROWS <= 16:
+    of 128 rows, H200: 26.5 us with zeros from beyond the edge, 16.2 this way)."""
+    if TAIL is None:
         load_boxes(A, barrier, a_smem, buffer, row, stage, P)
     else:
+        STEPS: gl.constexpr = P.STEPS
+        ROWS: gl.constexpr = A.block_type.shape[0]
+        SOME: gl.constexpr = TAIL.block_type.shape[0]
         left = M - row
         if left > 0 and left < ROWS:
             rows = single_rows(a_smem)

@@ -178,17 +178,18 @@ def _launches(
     config: MatmulConfig, operands: Operands, out: torch.Tensor, m: int, device: torch.device
 ) -> list[Launch]:
     A, W, scale, zeros, bias, input_scale, global_scale = operands
+    sections = plan.sections(config, m, device)
+    if any(family in (batch, batch8) for family, *_ in sections):
+        A, W = _on_16_bytes(A), _on_16_bytes(W)  # TMA reads from multiples of them
     assert A is not None
     steps: list[Launch] = []
     first = 0
-    for family, tile, rows in plan.sections(config, m, device):
+    for family, tile, rows in sections:
         some = slice(first, first + rows)
         first += rows
-        here, packed, scales = A[some], W, None if input_scale is None else input_scale[some]
-        if family in (batch, batch8):  # TMA reads from multiples of 16 bytes
-            here, packed = _on_16_bytes(here), _on_16_bytes(W)
+        scales = None if input_scale is None else input_scale[some]
         steps += family.launches(
-            config, here, packed, out[some], scale, zeros, bias, scales, global_scale, tile
+            config, A[some], W, out[some], scale, zeros, bias, scales, global_scale, tile
         )
     return steps
 
