@@ -37,8 +37,7 @@ MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
-# blocks on a multiprocessor -> registers of each of a block's 384 threads
-_REGISTERS = {1: 168, 2: 80}
+_CONSUMERS = (2, 4)  # warpgroups that multiply
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,17 @@ class Tile(WgmmaTile):
 
     share: bool = True
     per_sm: int = 1
+    along_k: int = 1
     kernel: str = "batch"
 
     def __post_init__(self) -> None:
-        if self.consumers != 2:
-            raise ValueError(f"consumers: got {self.consumers}, expected 2")
+        if self.consumers not in _CONSUMERS or self.consumers % self.along_k:
+            raise ValueError(f"consumers, along_k: got {self.consumers}, {self.along_k}")
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.bands * (self.consumers // self.along_k)
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -168,6 +173,7 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
         kinds = extras.based + extras.scaled + extras.added
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
+    out += (tile.along_k - 1) * 4 * tile.block_m * tile.rows
     return tile.stages * (stage + 16) + out + 1024
 
 
@@ -308,14 +314,14 @@ def launches(
     shared = shared_tiles(config, m, tile)
     whole = tiles_n * tiles_m - shared
     in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
-    slots = (blocks, tile.consumers)
+    slots = (blocks, tile.consumers // tile.along_k)
     first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
     arguments = {
         "A": tma_map(A, [first, 64]),
         "MORE": tma_map(A, [more, 64]) if more else None,
         **tail_maps(A, tile.pieces, 64),
-        "W": words_map(W, tile.bands * tile.consumers),
+        "W": words_map(W, tile.rows // 64, tile.stage_k * config.bits // 256),
         "OUT": out,
         "OUT_MAP": results_map(out, [first, 64 * tile.bands]),
         "MORE_MAP": results_map(out, [more, 64 * tile.bands]) if more else None,
@@ -334,7 +340,7 @@ def launches(
     }
     constants = {"P": _constants(config, tile, in_parts)}
     # registers of a thread before warps are told apart
-    options: dict[str, Any] = {"maxnreg": _REGISTERS[tile.per_sm]}
+    options: dict[str, Any] = {"maxnreg": _registers_of_thread(tile)}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
     return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
@@ -366,6 +372,7 @@ class Constants(ConstantsBase):
     MORE_M: int
     BANDS: int
     CONSUMERS: int
+    ALONG_K: int
     MOST_PARTS: int
     TAG: int
     STAGES: int
@@ -376,13 +383,14 @@ class Constants(ConstantsBase):
     REGISTERS: int
     LOADING_REGISTERS: int
 
+    ALONG_ROWS = known(lambda c: c.CONSUMERS // c.ALONG_K)
+    TILE_BANDS = known(lambda c: c.BANDS * c.ALONG_ROWS)
     BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
     STEPS = known(lambda c: c.STAGE_K // 64)
     # a pair of words of 1-bit codes covers 128 values of k
     UNIT_K = known(lambda c: 128 if c.WIDTH == 1 else 64)
     TILE_UNITS = known(lambda c: c.TILE_K // c.UNIT_K)
     STAGE_UNITS = known(lambda c: c.STAGE_K // c.UNIT_K)
-    BODY_UNITS = known(lambda c: c.BODY_K // c.UNIT_K)
     MAIN_CHUNKS = known(lambda c: c.TILE_K * c.WIDTH // 256)
     TILE_CHUNKS = known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
     STAGE_CHUNKS = known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
@@ -397,10 +405,15 @@ class Constants(ConstantsBase):
     EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
 
 
+def _registers_of_thread(tile: Tile) -> int:
+    """Before warps are told apart: 4 warps for each consumer, 4 more for the others."""
+    return 65536 // tile.per_sm // (128 * (tile.consumers + 1)) // 8 * 8
+
+
 def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
     """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
     are; the warps that load get what is left, up to 128, and consumers the rest of it."""
-    total = 3 * _REGISTERS[tile.per_sm]
+    total = (tile.consumers + 1) * _registers_of_thread(tile)
     least = (56 if tile.per_sm == 1 else 40) if grouped else 24
     spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
     loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
@@ -434,6 +447,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         MORE_M=tile.pieces[1],
         BANDS=tile.bands,
         CONSUMERS=tile.consumers,
+        ALONG_K=tile.along_k,
         MOST_PARTS=MOST_PARTS,
         TAG=_TAG,
         STAGES=tile.stages,

@@ -165,10 +165,8 @@ def single_rows(a_smem):
 
 @gluon.jit
 def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
-    CHUNKS: gl.constexpr = P.STAGE_CHUNKS
-    for c in gl.static_range(CHUNKS):
-        where = [tile_n * (P.BANDS * P.CONSUMERS), (stage * P.STAGE_CHUNKS + c) * 4, 0]
-        tma_load(W, where, barrier, w_smem.index(buffer * P.STAGE_CHUNKS + c))
+    where = [tile_n * P.TILE_BANDS, stage * (4 * P.STAGE_CHUNKS), 0]
+    tma_load(W, where, barrier, w_smem.index(buffer))
 
 
 @gluon.jit
@@ -225,7 +223,7 @@ def produce(operands, P: gl.constexpr):
     ) = operands  # fmt: skip
     MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
     BYTES: gl.constexpr = (
-        P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
+        W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
     )  # fmt: skip
     shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
     tile, start, end = segment(0, whole, bodies, shared, first, last)
@@ -367,7 +365,7 @@ def prepare(operands, P: gl.constexpr):
     (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
     ) = operands  # fmt: skip
-    BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
+    BANDS: gl.constexpr = P.TILE_BANDS
     GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
@@ -414,23 +412,23 @@ def prepare(operands, P: gl.constexpr):
 
 
 @gluon.jit
-def read_extras(e_smem, slot, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
+def read_extras(e_smem, slot, ROW: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
     """A consumer's share of what `prepare` has stored, for a unit's groups: (minus, scale, addend).
 
     Those that the decoder does not take are any."""
-    minus = share_of_extras(e_smem.index(slot), WHO, FIRST, P)
+    minus = share_of_extras(e_smem.index(slot), ROW, FIRST, P)
     scale = minus
     addend = minus
     if P.MINUS and P.SCALED:
-        scale = share_of_extras(e_smem.index(slot + 1), WHO, FIRST, P)
+        scale = share_of_extras(e_smem.index(slot + 1), ROW, FIRST, P)
     if P.ADDED:
-        addend = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), WHO, FIRST, P)
+        addend = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), ROW, FIRST, P)
     return minus, scale, addend
 
 
 @gluon.jit
-def share_of_extras(smem, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
-    x = smem.slice(FIRST, P.GROUPS, 0).slice(WHO * 4 * P.BANDS, 4 * P.BANDS, 1)
+def share_of_extras(smem, ROW: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
+    x = smem.slice(FIRST, P.GROUPS, 0).slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
     return x.load(extras_layout(P.GROUPS, P.BANDS))
 
 
@@ -446,18 +444,28 @@ def of_half(x, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def read_words(
-    w_smem, chunk, WHO: gl.constexpr, CHUNKS: gl.constexpr, BANDS: gl.constexpr
-):  # fmt: skip
-    """CHUNKS (1 or 2) chunks of a consumer's words: [4 * BANDS, 8, 4, 4 * CHUNKS]."""
+def read_words(words, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, BANDS: gl.constexpr):
+    """CHUNKS (1 or 2) chunks of a consumer's words, from CHUNK on: [4 * BANDS, 8, 4, 4 * CHUNKS]."""
     L: gl.constexpr = chunk_layout(BANDS)
-    w = w_smem.index(chunk).slice(WHO * BANDS, BANDS, 0).load(L).reshape([4 * BANDS, 8, 4, 4])
+    w = words.slice(4 * CHUNK, 4, 1).load(L).reshape([4 * BANDS, 8, 4, 4])
     if CHUNKS == 1:
         return w
     else:
-        more = w_smem.index(chunk + 1).slice(WHO * BANDS, BANDS, 0).load(L)
+        more = words.slice(4 * CHUNK + 4, 4, 1).load(L)
         w = gl.join(w, more.reshape([4 * BANDS, 8, 4, 4]))
         return w.permute([0, 1, 2, 4, 3]).reshape([4 * BANDS, 8, 4, 8])
+
+
+@gluon.jit
+def read_tile(w_smem, buffer, TILE: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr):
+    """Both planes of the TILE-th tile of the packed layout in a stage, for the ROW-th consumer
+    along W's rows."""
+    words = w_smem.index(buffer).slice(ROW * P.BANDS, P.BANDS, 0)
+    main = read_words(words, TILE * P.TILE_CHUNKS, P.MAIN_CHUNKS, P.BANDS)
+    if P.EXTRA != 0:
+        return main, read_words(words, TILE * P.TILE_CHUNKS + P.MAIN_CHUNKS, 1, P.BANDS)
+    else:
+        return main, main
 
 
 @gluon.jit
@@ -587,9 +595,9 @@ def store_part(pointer, acc):
 
 
 @gluon.jit
-def send_part(PARTS, FLAGS, acc, more, WHO: gl.constexpr, P: gl.constexpr):
+def send_part(PARTS, FLAGS, acc, more, ROW: gl.constexpr, P: gl.constexpr):
     """Stores this block's part of a shared tile and raises its flag."""
-    slot = gl.program_id(0) * P.CONSUMERS + WHO
+    slot = gl.program_id(0) * P.ALONG_ROWS + ROW
     part = PARTS + slot.to(gl.int64) * P.PART
     store_part(part, acc)
     if P.MORE_M > 0:
@@ -600,7 +608,7 @@ def send_part(PARTS, FLAGS, acc, more, WHO: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def add_parts(PARTS, FLAGS, acc, more, first, WHO: gl.constexpr, P: gl.constexpr):
+def add_parts(PARTS, FLAGS, acc, more, first, ROW: gl.constexpr, P: gl.constexpr):
     """acc and more with the parts of the blocks from `first` to the one before this, once they are
     there.
 
@@ -610,22 +618,22 @@ def add_parts(PARTS, FLAGS, acc, more, first, WHO: gl.constexpr, P: gl.constexpr
     L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     block = first + gl.arange(0, P.MOST_PARTS, L)
     some = block < gl.program_id(0)
-    where = FLAGS + (block * P.CONSUMERS + WHO)
+    where = FLAGS + (block * P.ALONG_ROWS + ROW)
     missing = 1
     while missing != 0:
         flag = gl.load(where, mask=some, other=P.TAG, volatile=True)
         missing = gl.sum((flag != P.TAG).to(gl.int32), axis=0)
     fence()
     gl.store(where, gl.zeros([P.MOST_PARTS], gl.int64, L), mask=some)
-    part = PARTS + WHO * P.PART
+    part = PARTS + ROW * P.PART
     # of loads that are under way, a few registers where accumulators take most
     PIECE: gl.constexpr = 8192 if P.PART <= 8192 else 4096
-    x = with_parts(by_threads(acc), part, P.CONSUMERS * P.PART, first, gl.program_id(0), PIECE)
+    x = with_parts(by_threads(acc), part, P.ALONG_ROWS * P.PART, first, gl.program_id(0), PIECE)
     acc = by_rows(x, acc)
     if P.MORE_M > 0:
         part += acc.numel
         x = with_parts(
-            by_threads(more), part, P.CONSUMERS * P.PART, first, gl.program_id(0), PIECE
+            by_threads(more), part, P.ALONG_ROWS * P.PART, first, gl.program_id(0), PIECE
         )  # fmt: skip
         more = by_rows(x, more)
     return acc, more
@@ -672,7 +680,7 @@ def of_rows(x, acc):
 @gluon.jit
 def finish_segment(
     OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, more_c_smem, acc, more,
-    row, tile_m, from_start, to_end, nth, shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr,
+    row, tile_m, from_start, to_end, nth, shared, bodies, M, N, ROW: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Stores a consumer's rows of a tile, or its part of their sum. from_start, to_end: whether the
     segment has the tile's first and last body; nth: of the shared tiles."""
@@ -688,9 +696,9 @@ def finish_segment(
     if P.SHARED:
         if not from_start and to_end:
             first = ((nth * bodies + 1) * gl.num_programs(0) - 1) // (shared * bodies)
-            acc, more = add_parts(PARTS, FLAGS, acc, more, first, WHO, P)
+            acc, more = add_parts(PARTS, FLAGS, acc, more, first, ROW, P)
         if not to_end:
-            send_part(PARTS, FLAGS, acc, more, WHO, P)
+            send_part(PARTS, FLAGS, acc, more, ROW, P)
     if to_end:
         if GLOBAL_SCALE is not None:
             factor = gl.load(GLOBAL_SCALE)
@@ -707,11 +715,36 @@ def finish_segment(
 
 
 @gluon.jit
+def sum_along_k(
+    sum_smem, there, taken, acc, nth, KTH: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """For the first consumer of W's rows, its accumulator and, in their order, those of the others,
+    who hand them over in shared memory. nth: how many sums came before."""
+    PARTS: gl.constexpr = P.ALONG_K - 1
+    if KTH > 0:
+        mbarrier.wait(taken, (nth & 1) ^ 1)
+        sum_smem.index(ROW * PARTS + KTH - 1).store(by_threads(acc))
+        mbarrier.arrive(there)
+        return acc
+    else:
+        mbarrier.wait(there, nth & 1)
+        x = by_threads(acc)
+        for k in gl.static_range(PARTS):
+            x += sum_smem.index(ROW * PARTS + k).load(x.type.layout)
+        mbarrier.arrive(taken)
+        return by_rows(x, acc)
+
+
+@gluon.jit
 def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, whole, bodies,
+        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
+        tiles_m, whole, bodies,
     ) = operands  # fmt: skip
+    ROW: gl.constexpr = WHO % P.ALONG_ROWS
+    KTH: gl.constexpr = WHO // P.ALONG_ROWS
+    OWN: gl.constexpr = P.STAGE_UNITS // P.ALONG_K  # units of a stage, from KTH * OWN on
     MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # of no columns would be 8 that nothing uses
@@ -721,7 +754,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     # matrix instructions of a step that are waited for together
     EACH: gl.constexpr = 2 if P.MORE_M > 0 else 1
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
-    UNITS: gl.constexpr = P.BODY_UNITS
+    UNITS: gl.constexpr = P.UNROLL * OWN
     HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
@@ -729,7 +762,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
-        row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
+        row = (tile_n * P.ALONG_ROWS + ROW) * (64 * P.BANDS)
         if P.GROUP == 0:
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
@@ -738,25 +771,22 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
-                if unit % P.STAGE_UNITS == 0:
+                if unit % OWN == 0:
                     mbarrier.wait(ready.index(buffer), phase)
                 if unit % P.TILE_UNITS == 0:
-                    chunk = buffer * P.STAGE_CHUNKS
-                    chunk += unit % P.STAGE_UNITS // P.TILE_UNITS * P.TILE_CHUNKS
-                    main = read_words(w_smem, chunk, WHO, P.MAIN_CHUNKS, P.BANDS)
-                    extra = main
-                    if P.EXTRA != 0:
-                        extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
+                    main, extra = read_tile(
+                        w_smem, buffer, (unit % OWN + KTH * OWN) // P.TILE_UNITS, ROW, P
+                    )  # fmt: skip
                 if P.EXTRAS > 0:
-                    if unit % P.STAGE_UNITS * P.UNIT_K % P.GROUP == 0:
+                    if unit % OWN == 0 or (unit % OWN + KTH * OWN) * P.UNIT_K % P.GROUP == 0:
                         minus, scale, addend = read_extras(
-                            e_smem, buffer * P.EXTRAS, WHO,
-                            unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
+                            e_smem, buffer * P.EXTRAS, ROW,
+                            (unit % OWN + KTH * OWN) * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
+                    step = buffer * P.STEPS + ((unit % OWN + KTH * OWN) * HALVES + half)
                     acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
                     if P.MORE_M > 0:
                         a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
@@ -766,11 +796,11 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         acc, more = wait_for_products(0, acc, more, P)
                     elif unit + half > 0:
                         acc, more = wait_for_products(EACH, acc, more, P)
-                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
+                    if unit > 0 and unit % OWN == 0 and half == 0:
                         # the words were read through another proxy than TMA writes by
                         fence_async_shared()
                         mbarrier.arrive(empty.index(previous))
-                if unit % P.STAGE_UNITS == P.STAGE_UNITS - 1:
+                if unit % OWN == OWN - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
                         mbarrier.arrive(empty.index(buffer))
@@ -781,12 +811,15 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         phase ^= 1
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
-        finish_segment(
-            OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(WHO),
-            more_c_smem.index(WHO), acc, more, row, tile_m, start == 0, end == bodies, tile - whole,
-            tiles_n * tiles_m - whole, bodies, M, N, WHO, P,
-        )  # fmt: skip
-    if OUT_MAP is not None:
+        if P.ALONG_K > 1:
+            acc = sum_along_k(sum_smem, there.index(ROW), taken.index(ROW), acc, s, KTH, ROW, P)
+        if KTH == 0:
+            finish_segment(
+                OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(ROW),
+                more_c_smem.index(ROW), acc, more, row, tile_m, start == 0, end == bodies,
+                tile - whole, tiles_n * tiles_m - whole, bodies, M, N, ROW, P,
+            )  # fmt: skip
+    if OUT_MAP is not None and KTH == 0:
         tma.store_wait(0)
 
 
@@ -811,25 +844,36 @@ def batch_kernel(
             A.dtype, [P.STAGES * P.STEPS, P.MORE_M, 64], MORE.layout
         )  # fmt: skip
     w_smem = gl.allocate_shared_memory(
-        gl.int32, [P.STAGES * P.STAGE_CHUNKS, P.BANDS * P.CONSUMERS, 4, 128], W.layout
+        gl.int32, [P.STAGES, P.TILE_BANDS, 4 * P.STAGE_CHUNKS, 128], W.layout
     )  # fmt: skip
     e_smem = gl.allocate_shared_memory(
         gl.int32,
-        [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, 4 * P.BANDS * P.CONSUMERS, 2, 8],
+        [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, 4 * P.TILE_BANDS, 2, 8],
         gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
-        OUT.dtype.element_ty, [P.CONSUMERS, P.FIRST_M, ROWS],
+        OUT.dtype.element_ty, [P.ALONG_ROWS, P.FIRST_M, ROWS],
         gl.NVMMASharedLayout.get_default_for([P.FIRST_M, ROWS], OUT.dtype.element_ty),
     )  # fmt: skip
     more_c_smem = c_smem
     if MORE is not None:
         more_c_smem = gl.allocate_shared_memory(
-            OUT.dtype.element_ty, [P.CONSUMERS, P.MORE_M, ROWS],
+            OUT.dtype.element_ty, [P.ALONG_ROWS, P.MORE_M, ROWS],
             gl.NVMMASharedLayout.get_default_for([P.MORE_M, ROWS], OUT.dtype.element_ty),
         )  # fmt: skip
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
+    sum_smem = gl.allocate_shared_memory(
+        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS), ROWS * P.FIRST_M],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+    )  # fmt: skip
+    there = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
+    if P.ALONG_K > 1:
+        ALONG_ROWS: gl.constexpr = P.ALONG_ROWS
+        for i in gl.static_range(ALONG_ROWS):
+            mbarrier.init(there.index(i), count=P.ALONG_K - 1)
+            mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
@@ -843,10 +887,11 @@ def batch_kernel(
     let_next_kernel_start()
     bodies = (K + P.BODY_K - 1) // P.BODY_K
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
-    tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
+    tiles_n = (N + P.ALONG_ROWS * ROWS - 1) // (P.ALONG_ROWS * ROWS)
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, c_smem, more_c_smem, ready, empty, M, N, G, tiles_n, tiles_m, WHOLE, bodies,
+        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
+        tiles_m, WHOLE, bodies,
     )  # fmt: skip
     producing = (
         A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, WHOLE,
@@ -859,10 +904,23 @@ def batch_kernel(
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
     if P.EXTRAS > 0:
+        if P.CONSUMERS == 4:
+            gl.warp_specialize([
+                (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
+                (produce, (producing, P)), (prepare, (preparing, P)),
+            ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                (produce, (producing, P)), (prepare, (preparing, P)),
+            ], [4, 1, 2], [R, L, L])  # fmt: skip
+    elif P.CONSUMERS == 4:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
-            (produce, (producing, P)), (prepare, (preparing, P)),
-        ], [4, 1, 2], [R, L, L])  # fmt: skip
+            (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
+            (produce, (producing, P)),
+        ], [4, 4, 4, 1], [R, R, R, L])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
