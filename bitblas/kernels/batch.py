@@ -6,6 +6,7 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
 from .decode import GPU, MAX_ROWS, SHARED_BYTES, group_of
-from .decoders import OperandDecoder, operand_decoder
+from .decoders import OperandDecoder, PairDecoder, operand_decoder, pair_decoder
 from .launch import EQUAL_BITS, PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
 from .wgmma import (
@@ -129,6 +130,15 @@ def _decoder(config: MatmulConfig) -> OperandDecoder:
     return decoder
 
 
+def raw_decoder(config: MatmulConfig, tile: Tile) -> PairDecoder | None:
+    decoder, group = pair_decoder(config.format, config.A_dtype), group_of(config)
+    if tile.along_k != 4 or tile.block_m > int(os.environ.get("RAW", "16")) or tile.unroll > 1 or decoder is None:
+        return None
+    if decoder.entry or group < 64 or tile.stage_k // tile.along_k < 64:
+        return None
+    return decoder
+
+
 def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
     """(tiles of W's rows, tiles of A's rows)."""
     return -(-config.N // tile.rows), -(-m // tile.block_m)
@@ -171,6 +181,10 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     group, extras = group_of(config), _extras(config)
     if group:
         kinds = extras.based + extras.scaled + extras.added
+        raw = raw_decoder(config, tile)
+        if raw is not None:
+            kinds = 1 + (config.with_zeros or raw.shift != (0.0, 0.0))
+            stage += tile.block_m * tile.stage_k // 16
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
     out += (tile.along_k - 1) * 4 * tile.block_m * tile.rows
@@ -365,6 +379,11 @@ class Constants(ConstantsBase):
     MINUS: bool
     SCALED: bool
     ADDED: bool
+    RAW: bool
+    UNITS: tuple[float, float]
+    SHIFT: tuple[float, float]
+    ZERO: tuple[float, float]
+    SUMS: bool
     GROUP: int
     ALIGNED: bool
     BLOCK_M: int
@@ -402,7 +421,11 @@ class Constants(ConstantsBase):
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
-    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
+    EXTRAS = known(
+        lambda c: 1 + c.SUMS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
+    )
+    # of raw operands: values of k whose products are corrected together
+    FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
 
 
 def _registers_of_thread(tile: Tile) -> int:
@@ -415,6 +438,8 @@ def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
     are; the warps that load get what is left, up to 128, and consumers the rest of it."""
     total = (tile.consumers + 1) * _registers_of_thread(tile)
     least = (56 if tile.per_sm == 1 else 40) if grouped else 24
+    if tile.consumers == 4:
+        least = int(os.environ.get("LOADING", "96"))
     spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
     loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
     consumers = (total - loading) // tile.consumers // 8 * 8
@@ -425,7 +450,19 @@ def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), group_of(config)
     widths = [width for width, _ in planes(config.bits)]
+    raw = raw_decoder(config, tile)
+    fields = {"RAW": False, "SUMS": False, "UNITS": (1.0, 1.0), "SHIFT": (0.0, 0.0), "ZERO": (1.0, 1.0)}
+    if raw is not None:
+        decoder = replace(decoder, asm=raw.asm, constraints=raw.constraints, unit=1.0)
+        fields = {
+            "RAW": True,
+            "SUMS": config.with_zeros or raw.shift != (0.0, 0.0),
+            "UNITS": raw.unit,
+            "SHIFT": tuple(x * o for x, o in zip(raw.shift, raw.one)),
+            "ZERO": tuple(x * o for x, o in zip(raw.zero, raw.one)),
+        }
     found = Constants(
+        **fields,
         BITS=config.bits,
         WIDTH=widths[0],
         EXTRA=widths[1] if len(widths) > 1 else 0,

@@ -48,6 +48,7 @@ from .versions import (
     gl,
     gluon,
     mbarrier,
+    mma_v2,
     reinterpret,
     thread_barrier,
     tma,
@@ -412,6 +413,134 @@ def prepare(operands, P: gl.constexpr):
 
 
 @gluon.jit
+def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
+    """What the sum of a group's raw products is multiplied by, and the sum of its A, to be added:
+    float32 (factor, offset), shaped as what load_extras returns."""
+    r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
+    r3 = r3.expand_dims(0).expand_dims(1).expand_dims(3)
+    unit = gl.where(r3 == 0, P.UNITS[0], P.UNITS[1]) + gl.zeros(scale.shape, gl.float32, L)
+    zero = zero.to(gl.float32) * gl.where(r3 == 0, P.ZERO[0], P.ZERO[1])
+    offset = gl.where(r3 == 0, -P.SHIFT[0], -P.SHIFT[1])
+    if P.ZEROS_KIND == "original" or P.ZEROS_KIND == "quantized":
+        offset = offset + zero
+    if P.SCALE_KIND != "none":
+        scale = decode_scale(scale, P.SCALE_KIND)
+        offset = offset * scale
+        factor = scale * unit
+    else:
+        factor = unit
+    if P.ZEROS_KIND == "rescale":
+        offset = offset + zero
+    return factor, offset * unit
+
+
+@gluon.jit
+def sum_activations(a_smem, totals_smem, buffer, P: gl.constexpr):
+    """Sums of each box of a stage of A, 64 k, by matrix instructions: two warps, a box each."""
+    COUNT: gl.constexpr = P.STEPS // 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[2, 1, 1], instr_shape=[1, 16, 8]
+    )  # fmt: skip
+    ones = gl.full([2, 64, 8], 1.0, a_smem.dtype, gl.DotOperandLayout(1, MMA, 2))
+    pairs = reinterpret(
+        a_smem, a_smem.dtype, [P.STAGES * COUNT, 2, P.FIRST_M, 64], gl.NVMMASharedLayout(128, 16, 3)
+    )  # fmt: skip
+    totals = reinterpret(
+        totals_smem, gl.float32, [P.STAGES * COUNT, 2, P.FIRST_M],
+        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
+    )  # fmt: skip
+    TOGETHER: gl.constexpr = min(COUNT, 4)  # a sum's matrix instructions wait for each other
+    for first in gl.static_range(0, COUNT, TOGETHER):
+        boxes = ()
+        for i in gl.static_range(TOGETHER):
+            box = pairs.index(buffer * COUNT + (first + i))
+            boxes = boxes + (box.load(gl.DotOperandLayout(0, MMA, 2)),)
+        sums = ()
+        for i in gl.static_range(TOGETHER):
+            sums = sums + (mma_v2(boxes[i], ones, gl.zeros([2, P.FIRST_M, 8], gl.float32, MMA)),)
+        for i in gl.static_range(TOGETHER):  # columns are all alike
+            totals.index(buffer * COUNT + (first + i)).store(gl.max(sums[i], axis=2))
+
+
+@gluon.jit
+def prepare_corrections(operands, P: gl.constexpr):
+    """Does for raw operands what `prepare` does for scaled ones, and adds up A where codes have
+    offsets."""
+    (
+        SCALE, ZEROS, a_smem, e_smem, totals_smem, ready, empty, corrected, N, G, tiles_n, tiles_m,
+        whole, bodies,
+    ) = operands  # fmt: skip
+    BANDS: gl.constexpr = P.TILE_BANDS
+    GROUPS: gl.constexpr = P.RUN_GROUPS
+    RUN: gl.constexpr = P.RUN
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    buffer = 0
+    phase = 0
+    for s in range(count):
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        row = tile_n * (64 * BANDS)
+        begin = start * P.UNROLL
+        stop = end * P.UNROLL
+        first = begin // RUN * (RUN * P.STAGE_K) // P.GROUP
+        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR)
+        for run in range(begin // RUN, (stop + RUN - 1) // RUN):
+            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
+            next_scales, next_zeros = load_extras(
+                SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
+            )  # fmt: skip
+            keep_loads_here()
+            for i in gl.static_range(RUN):
+                if (run * RUN + i >= begin) & (run * RUN + i < stop):
+                    factor, offset = corrections(
+                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), P, L
+                    )  # fmt: skip
+                    mbarrier.wait(ready.index(buffer), phase)
+                    e_smem.index(buffer * P.EXTRAS).store(factor.to(gl.int32, bitcast=True))
+                    if P.SUMS:
+                        e_smem.index(buffer * P.EXTRAS + 1).store(offset.to(gl.int32, bitcast=True))
+                        sum_activations(a_smem, totals_smem, buffer, P)
+                    mbarrier.arrive(corrected.index(buffer))
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
+                        phase ^= 1
+            scales = next_scales
+            zeros = next_zeros
+
+
+@gluon.jit
+def correct(
+    acc, part, e_smem, totals_smem, buffer, ROW: gl.constexpr, FOLD: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """acc plus the raw products of the FOLD-th share of a stage's k, with what belongs to them."""
+    MMA: gl.constexpr = acc.type.layout
+    GROUP: gl.constexpr = FOLD * P.FOLD_K // P.GROUP
+    factor = correction(e_smem.index(buffer * P.EXTRAS), ROW, GROUP, acc, P)
+    acc = gl.fma(part, gl.broadcast(factor, part)[0], acc)
+    if P.SUMS:
+        offset = correction(e_smem.index(buffer * P.EXTRAS + 1), ROW, GROUP, acc, P)
+        BOXES: gl.constexpr = P.FOLD_K // 64
+        totals = totals_smem.index(buffer * P.STEPS + FOLD * BOXES).load(gl.SliceLayout(0, MMA))
+        for i in gl.static_range(1, BOXES):
+            box = totals_smem.index(buffer * P.STEPS + (FOLD * BOXES + i))
+            totals += box.load(gl.SliceLayout(0, MMA))
+        totals, acc = gl.broadcast(totals.expand_dims(0), acc)
+        acc = gl.fma(totals, gl.broadcast(offset, acc)[0], acc)
+    return acc
+
+
+@gluon.jit
+def correction(smem, ROW: gl.constexpr, GROUP: gl.constexpr, acc, P: gl.constexpr):
+    """[64 * BANDS, 1] of float32."""
+    x = smem.slice(GROUP, 1, 0).slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
+    x = x.load(extras_layout(1, P.BANDS)).reshape([64 * P.BANDS])
+    return of_rows(x, acc).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def read_extras(e_smem, slot, ROW: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
     """A consumer's share of what `prepare` has stored, for a unit's groups: (minus, scale, addend).
 
@@ -483,13 +612,13 @@ def decode_unit(
         e = take(extra, UNIT % P.TILE_UNITS)
         e = gl.join(e, e).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
         operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
-    if P.MINUS:
+    if P.MINUS and not P.RAW:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
-    if P.SCALED:
+    if P.SCALED and not P.RAW:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(scale, half, L), w)[0]]
-    if P.ADDED:
+    if P.ADDED and not P.RAW:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(addend, half, L), w)[0]]
     if DTYPE == gl.float16:
@@ -685,7 +814,7 @@ def finish_segment(
     """Stores a consumer's rows of a tile, or its part of their sum. from_start, to_end: whether the
     segment has the tile's first and last body; nth: of the shared tiles."""
     n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, acc.type.layout))
-    if SCALE is not None and not P.SCALED:
+    if SCALE is not None and not P.SCALED and not P.RAW:
         scale = decode_scale(gl.load(SCALE + (row + n), mask=row + n < N, other=0), P.SCALE_KIND)
         scale = scale * P.UNIT
         acc = acc * of_rows(scale, acc)
@@ -736,11 +865,41 @@ def sum_along_k(
 
 
 @gluon.jit
+def multiply_raw(
+    a, b, parts, acc, e_smem, totals_smem, corrected, buffer, phase, STEP: gl.constexpr,
+    STEPS: gl.constexpr, KTH: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """The STEP-th of a consumer's STEPS in a stage, of 64 k, with raw operands: (parts, acc). Their
+    products go to one of two parts, while the other, where it is complete, is corrected."""
+    EACH: gl.constexpr = P.FOLD_K // 64  # steps that share corrections
+    WHICH: gl.constexpr = STEP // EACH % 2
+    part = warpgroup_mma(a, b, parts[WHICH], use_acc=STEP % EACH != 0, is_async=True)
+    other = parts[1 - WHICH]
+    if STEP > 0:
+        part, other = warpgroup_mma_wait(1, deps=(part, other))
+    if STEP % EACH == 0 and STEP > 0:
+        if STEP == EACH:
+            mbarrier.wait(corrected.index(buffer), phase)
+        FOLD: gl.constexpr = KTH * STEPS // EACH + STEP // EACH - 1
+        acc = correct(acc, other, e_smem, totals_smem, buffer, ROW, FOLD, P)
+    if STEP == STEPS - 1:
+        part = warpgroup_mma_wait(0, deps=(part,))
+        if STEPS == EACH:
+            mbarrier.wait(corrected.index(buffer), phase)
+        LAST: gl.constexpr = KTH * STEPS // EACH + STEP // EACH
+        acc = correct(acc, part, e_smem, totals_smem, buffer, ROW, LAST, P)
+    if WHICH == 0:
+        return (part, other), acc
+    else:
+        return (other, part), acc
+
+
+@gluon.jit
 def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
-        tiles_m, whole, bodies,
+        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, corrected, there,
+        taken, M, N, G, tiles_n, tiles_m, whole, bodies,
     ) = operands  # fmt: skip
     ROW: gl.constexpr = WHO % P.ALONG_ROWS
     KTH: gl.constexpr = WHO // P.ALONG_ROWS
@@ -763,11 +922,12 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.ALONG_ROWS + ROW) * (64 * P.BANDS)
-        if P.GROUP == 0:
+        if P.GROUP == 0 or P.RAW:  # of raw operands, unused
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
+        parts = (acc, acc)
         for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
@@ -777,7 +937,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     main, extra = read_tile(
                         w_smem, buffer, (unit % OWN + KTH * OWN) // P.TILE_UNITS, ROW, P
                     )  # fmt: skip
-                if P.EXTRAS > 0:
+                if P.EXTRAS > 0 and not P.RAW:
                     if unit % OWN == 0 or (unit % OWN + KTH * OWN) * P.UNIT_K % P.GROUP == 0:
                         minus, scale, addend = read_extras(
                             e_smem, buffer * P.EXTRAS, ROW,
@@ -787,12 +947,21 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
                     step = buffer * P.STEPS + ((unit % OWN + KTH * OWN) * HALVES + half)
-                    acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
+                    b = a_smem.index(step).permute((1, 0))
+                    if P.RAW:
+                        parts, acc = multiply_raw(
+                            a, b, parts, acc, e_smem, totals_smem, corrected, buffer, phase,
+                            unit * HALVES + half, OWN * HALVES, KTH, ROW, P,
+                        )  # fmt: skip
+                    else:
+                        acc = warpgroup_mma(a, b, acc, is_async=True)
                     if P.MORE_M > 0:
                         a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
                         b = more_smem.index(step).permute((1, 0))
                         more = warpgroup_mma(a, b, more, is_async=True)
-                    if unit == UNITS - 1 and half == HALVES - 1:
+                    if P.RAW:
+                        pass
+                    elif unit == UNITS - 1 and half == HALVES - 1:
                         acc, more = wait_for_products(0, acc, more, P)
                     elif unit + half > 0:
                         acc, more = wait_for_products(EACH, acc, more, P)
@@ -861,6 +1030,11 @@ def batch_kernel(
             OUT.dtype.element_ty, [P.ALONG_ROWS, P.MORE_M, ROWS],
             gl.NVMMASharedLayout.get_default_for([P.MORE_M, ROWS], OUT.dtype.element_ty),
         )  # fmt: skip
+    totals_smem = gl.allocate_shared_memory(
+        gl.float32, [P.STAGES * P.STEPS if P.RAW and P.SUMS else 1, P.FIRST_M],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+    )  # fmt: skip
+    corrected = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     sum_smem = gl.allocate_shared_memory(
@@ -876,7 +1050,8 @@ def batch_kernel(
             mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and not P.RAW else 1)
+        mbarrier.init(corrected.index(i), count=1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
     fence_async_shared()
 
@@ -890,8 +1065,8 @@ def batch_kernel(
     tiles_n = (N + P.ALONG_ROWS * ROWS - 1) // (P.ALONG_ROWS * ROWS)
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
-        tiles_m, WHOLE, bodies,
+        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, corrected,
+        there, taken, M, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
     producing = (
         A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, WHOLE,
@@ -900,10 +1075,20 @@ def batch_kernel(
     preparing = (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
+    correcting = (
+        SCALE, ZEROS, a_smem, e_smem, totals_smem, ready, empty, corrected, N, G, tiles_n, tiles_m,
+        WHOLE, bodies,
+    )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
-    if P.EXTRAS > 0:
+    if P.RAW:
+        gl.warp_specialize([
+            (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+            (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
+            (produce, (producing, P)), (prepare_corrections, (correcting, P)),
+        ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
+    elif P.EXTRAS > 0:
         if P.CONSUMERS == 4:
             gl.warp_specialize([
                 (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
