@@ -1,8 +1,8 @@
 """Which kernel serves (config, m, device): a recorded choice, else what should be the fastest.
 
-Nothing is measured to plan a product. The families that serve it list their tiles, the one that
-their cost model expects to be the fastest first; the first family in the list of `families` that
-serves a product takes it. Recorded choices (hardware_aware_finetune, the database) come before.
+Nothing is measured to plan a product. The families that serve it list their tiles, and the one that
+their cost models expect to be the fastest is taken; `portable`, which has none, serves what no
+other family does. Recorded choices (hardware_aware_finetune, the database) come before.
 """
 
 from __future__ import annotations
@@ -79,14 +79,21 @@ def _recorded_pick(
 
 
 def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[ModuleType, Any]]:
-    """(family, tile) worth measuring for m rows, the one that should be the fastest first."""
+    """(family, tile) worth measuring for m rows, the one that should be the fastest first; those of
+    families without a cost model last."""
     serving = [f for f in families() if f.serves(config, m, _architecture(device))]
-    return [(family, tile) for family in serving for tile in _tiles(family, config, m, device)]
+    found = [(family, tile) for family in serving for tile in _tiles(family, config, m, device)]
+
+    def expected(candidate: tuple[ModuleType, Any]) -> float:
+        time = microseconds(config, ((*candidate, m),), device)
+        return float("inf") if time is None else time
+
+    return sorted(found, key=expected)
 
 
 @cached
 def families() -> tuple[ModuleType, ...]:
-    """The GPU kernel families; what two of them serve, the first serves faster."""
+    """The GPU kernel families."""
     from .kernels import batch, batch8, decode, portable
 
     return decode, batch, batch8, portable

@@ -1,4 +1,4 @@
-"""Launcher of the batch family: m > 16, 16-bit activations, Hopper; see batch_kernels.
+"""Launcher of the batch family: m > 1, 16-bit activations, Hopper; see batch_kernels.
 
 `serves` says whether the family computes a product, `candidates` lists the tiles worth measuring,
 the one that `microseconds` predicts to be the fastest first, `launches` says what to start.
@@ -6,7 +6,6 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
-from .decode import GPU, MAX_ROWS, SHARED_BYTES, group_of
+from .decode import GPU, SHARED_BYTES, group_of
 from .decoders import OperandDecoder, PairDecoder, operand_decoder, pair_decoder
 from .launch import EQUAL_BITS, PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
@@ -33,12 +32,14 @@ from .wgmma import (
 )
 
 KERNELS = ("batch",)
-_LEAST_ROWS = 32  # of A that a tile has
+_RAW_ROWS = 8  # of A, up to which operands are raw
+_FEW_ROWS = 16  # of A, for which tiles are no larger
+_LEAST_ROWS = 32  # of A that the others have
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
-_CONSUMERS = (2, 4)  # warpgroups that multiply
+_CONSUMERS = ((2, 1), (4, 2), (4, 4))  # warpgroups that multiply, and those that divide a stage's k
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Tile(WgmmaTile):
     """How a product is cut up; batch_kernels explains the terms.
 
     share: whether blocks share the tiles that are left when each has done the same number of whole
-    ones. per_sm: blocks for which a multiprocessor has room.
+    ones. per_sm: blocks for which a multiprocessor has room. along_k: consumers that have the same
+    rows of W and divide the k of a stage.
     """
 
     share: bool = True
@@ -55,8 +57,9 @@ class Tile(WgmmaTile):
     kernel: str = "batch"
 
     def __post_init__(self) -> None:
-        if self.consumers not in _CONSUMERS or self.consumers % self.along_k:
-            raise ValueError(f"consumers, along_k: got {self.consumers}, {self.along_k}")
+        if (self.consumers, self.along_k) not in _CONSUMERS:
+            got = (self.consumers, self.along_k)
+            raise ValueError(f"(consumers, along_k): got {got}, expected one of {_CONSUMERS}")
 
     @property
     def rows(self) -> int:
@@ -72,7 +75,7 @@ class Tile(WgmmaTile):
 
 def serves(config: MatmulConfig, m: int, arch: int) -> bool:
     """Whether this family computes the product of m rows on compute capability arch (90: 9.0)."""
-    return arch // 10 == 9 and m > MAX_ROWS and _serves(config)
+    return arch // 10 == 9 and m > 1 and _serves(config) and bool(candidates(config, m))
 
 
 @lru_cache(maxsize=4096)
@@ -131,12 +134,17 @@ def _decoder(config: MatmulConfig) -> OperandDecoder:
 
 
 def raw_decoder(config: MatmulConfig, tile: Tile) -> PairDecoder | None:
-    decoder, group = pair_decoder(config.format, config.A_dtype), group_of(config)
-    if tile.along_k != 4 or tile.block_m > int(os.environ.get("RAW", "16")) or tile.unroll > 1 or decoder is None:
+    """The decoder of a tile whose operands are raw: codes as they come, which leave scales and zero
+    points to the sums of each group; None for other tiles. For few rows of A that is less work."""
+    decoder = pair_decoder(config.format, config.A_dtype)
+    if tile.block_m > _RAW_ROWS or decoder is None or decoder.entry:
         return None
-    if decoder.entry or group < 64 or tile.stage_k // tile.along_k < 64:
-        return None
-    return decoder
+    return decoder if group_of(config) >= 64 and tile.along_k == 4 else None
+
+
+def _adds_up(config: MatmulConfig, raw: PairDecoder) -> bool:
+    """Whether raw operands need the sums of A."""
+    return config.with_zeros or raw.shift != (0.0, 0.0)
 
 
 def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
@@ -178,34 +186,39 @@ def parts(shared: int, bodies: int, blocks: int) -> int:
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
-    group, extras = group_of(config), _extras(config)
+    group, extras, raw = group_of(config), _extras(config), raw_decoder(config, tile)
+    kinds = extras.based + extras.scaled + extras.added
+    if raw is not None:
+        kinds = 1 + _adds_up(config, raw)
+        stage += tile.block_m * tile.stage_k // 16
     if group:
-        kinds = extras.based + extras.scaled + extras.added
-        raw = raw_decoder(config, tile)
-        if raw is not None:
-            kinds = 1 + (config.with_zeros or raw.shift != (0.0, 0.0))
-            stage += tile.block_m * tile.stage_k // 16
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
-    out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
-    out += (tile.along_k - 1) * 4 * tile.block_m * tile.rows
+    out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * (tile.along_k - 1))
     return tile.stages * (stage + 16) + out + 1024
 
 
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m."""
-    return bucket(measured, _LEAST_ROWS) == bucket(m, _LEAST_ROWS)
+    return _bucket(measured) == _bucket(m)
+
+
+def _bucket(m: int) -> int:
+    """The largest of those m that share their tiles."""
+    return 8 if m <= 8 else 16 if m <= 16 else bucket(m, _LEAST_ROWS)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
     """Tiles worth measuring for m rows, the one that should be the fastest first."""
-    return list(_candidates(config, bucket(m, _LEAST_ROWS), gpu or GPU()))
+    return list(_candidates(config, _bucket(m), gpu or GPU()))
 
 
-# block_m, values of k in a stage, stages that are unrolled, blocks on a multiprocessor: those that
-# were the fastest for some shape on an H200
+# block_m, values of k in a stage, stages that are unrolled, blocks on a multiprocessor, consumers,
+# those of them along k: those that were the fastest for some shape on an H200
 _SHAPES = (
-    *((32, 256, 1, 1), (32, 128, 1, 2), (64, 256, 1, 1), (64, 128, 1, 2), (96, 128, 1, 1)),
-    *((128, 128, 1, 1), (160, 64, 2, 1), (192, 64, 2, 1), (256, 64, 2, 1), (320, 64, 2, 1)),
+    *((8, 1024, 1, 1, 4, 4), (16, 1024, 1, 1, 4, 4), (32, 512, 1, 1, 4, 4), (64, 512, 1, 1, 4, 4)),
+    *((32, 256, 1, 1, 2, 1), (32, 128, 1, 2, 2, 1), (64, 256, 1, 1, 2, 1), (64, 128, 1, 2, 2, 1)),
+    *((64, 256, 1, 1, 4, 2), (96, 128, 1, 1, 2, 1), (128, 128, 1, 1, 2, 1), (160, 64, 2, 1, 2, 1)),
+    *((192, 64, 2, 1, 2, 1), (256, 64, 2, 1, 2, 1), (320, 64, 2, 1, 2, 1)),
 )
 _MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large are not looked at
 
@@ -216,13 +229,15 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     for block_m, *shape in _SHAPES:
         if -(-m // block_m) * block_m > _MOST_IDLE * m or block_m < min(m, 256) / 4:
             continue
+        if (block_m <= _FEW_ROWS) != (m <= _FEW_ROWS):
+            continue
         if block_m > 256 and m > block_m:  # pays where it saves a second tile only
             continue
         tile = _fitting(config, gpu, block_m, *shape)
         if tile is not None:
             tiles += _dealt(config, m, tile)
     tiles = list(dict.fromkeys(tiles))
-    if m <= EQUAL_BITS:  # parts of shared tiles may depend on how many tiles there are
+    if _FEW_ROWS < m <= EQUAL_BITS:  # parts of shared tiles may depend on how many tiles there are
         start = bucket_start(m, _LEAST_ROWS)
         tiles = [
             tile
@@ -252,17 +267,33 @@ def _fitting(
     stage_k: int,
     unroll: int,
     per_sm: int,
+    consumers: int,
+    along_k: int,
 ) -> Tile | None:
     """The tile with as many stages as shared memory allows; None where those are too few."""
-    least, group = FRAGMENT_16.block_k(config.bits), group_of(config)
+    least, group = along_k * FRAGMENT_16.block_k(config.bits), group_of(config)
     body_k, blocks = stage_k * unroll, per_sm * gpu.multiprocessors
-    if group:
-        stage_k = min(stage_k, 4 * group)  # what is prepared for more groups takes registers
+    if group:  # what is prepared for more groups takes registers
+        stage_k = min(stage_k, 2 * consumers * group)
+        if along_k > 1 and stage_k < least:
+            return None
     stage_k = max(stage_k, least)
     while stage_k >= least:
         for stages in range(16, 2 if stage_k > least else 1, -1):
-            unroll = max(1, body_k // stage_k)
-            tile = Tile(block_m, 1, 2, stage_k, stages, unroll, blocks, per_sm=per_sm)
+            unroll = max(1, body_k // stage_k) if along_k == 1 else 1
+            tile = Tile(
+                block_m,
+                1,
+                consumers,
+                stage_k,
+                stages,
+                unroll,
+                blocks,
+                per_sm=per_sm,
+                along_k=along_k,
+            )
+            if block_m <= _RAW_ROWS and raw_decoder(config, tile) is None:
+                return None
             if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
                 return tile
         stage_k //= 2
@@ -275,7 +306,8 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     The busiest block decides: its matrix instructions, its others, what all blocks read of weights
     for the first time and what they read of anything overlap, but not wholly (a p-norm of them);
     the ends of segments do not. The constants are a fit to 640 measurements on an H200
-    (benchmarks/results/h200_batch_tiles.csv), 9 % off.
+    (benchmarks/results/h200_batch_tiles.csv), 9 % off; those of tiles with consumers along k are
+    of fewer.
     """
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
@@ -289,8 +321,11 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
 
     # for a value of k, in microseconds
     rows = tile.rows * per_sm / gpu.cycles_per_us
-    matrix = rows * tile.block_m / 2048 / 0.818
-    instructions = rows * (_decoder(config).instructions_per_weight + 3.62) / 128
+    matrix = rows * max(tile.block_m, 26) / 2048 / 0.818
+    decoder = raw_decoder(config, tile) or _decoder(config)
+    instructions = (
+        rows * (decoder.instructions_per_weight + (3.62 if tile.along_k == 1 else 2.75)) / 128
+    )
     weights = tile.rows * (config.bits + 0.25) / 8
     read = blocks * weights / gpu.bytes_per_us / min(tiles_m, SWEEP)
     cached = blocks * (weights + 2 * tile.block_m) / (2.06 * gpu.bytes_per_us)
@@ -299,8 +334,9 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     registers = tile.bands * tile.block_m / 2  # of the accumulator
     even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
     segments = waves + (0 if not shared else 1 if even else 2)
-    summed = 3.23 + (most - 1) * 0.0127 * registers if most > 1 else 0.0
-    return 1.61 + steps * step + segments * 0.0064 * registers + summed
+    start, summed = (1.61, 3.23) if tile.along_k == 1 else (4.0, 1.0)
+    summed = summed + (most - 1) * 0.0127 * registers if most > 1 else 0.0
+    return start + steps * step + segments * 0.0064 * registers + summed
 
 
 def launches(
@@ -326,8 +362,8 @@ def launches(
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = shared_tiles(config, m, tile)
-    whole = tiles_n * tiles_m - shared
     in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
+    whole = tiles_n * tiles_m - (shared if in_parts else 0)
     slots = (blocks, tile.consumers // tile.along_k)
     first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
@@ -335,7 +371,7 @@ def launches(
         "A": tma_map(A, [first, 64]),
         "MORE": tma_map(A, [more, 64]) if more else None,
         **tail_maps(A, tile.pieces, 64),
-        "W": words_map(W, tile.rows // 64, tile.stage_k * config.bits // 256),
+        "W": words_map(W, tile.rows // 64, _box_chunks(tile.stage_k * config.bits // 256)),
         "OUT": out,
         "OUT_MAP": results_map(out, [first, 64 * tile.bands]),
         "MORE_MAP": results_map(out, [more, 64 * tile.bands]) if more else None,
@@ -413,6 +449,7 @@ class Constants(ConstantsBase):
     MAIN_CHUNKS = known(lambda c: c.TILE_K * c.WIDTH // 256)
     TILE_CHUNKS = known(lambda c: c.TILE_K * (c.WIDTH + c.EXTRA) // 256)
     STAGE_CHUNKS = known(lambda c: c.STAGE_K // c.TILE_K * c.TILE_CHUNKS)
+    BOX_CHUNKS = known(lambda c: _box_chunks(c.STAGE_CHUNKS))
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
@@ -424,8 +461,14 @@ class Constants(ConstantsBase):
     EXTRAS = known(
         lambda c: 1 + c.SUMS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
     )
+    PREPARING = known(lambda c: 1 if c.SUMS else 2)  # warps
     # of raw operands: values of k whose products are corrected together
     FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
+
+
+def _box_chunks(chunks: int) -> int:
+    """Of a stage's chunks, those that TMA loads at a time: a power of two."""
+    return chunks & -chunks
 
 
 def _registers_of_thread(tile: Tile) -> int:
@@ -438,8 +481,6 @@ def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
     are; the warps that load get what is left, up to 128, and consumers the rest of it."""
     total = (tile.consumers + 1) * _registers_of_thread(tile)
     least = (56 if tile.per_sm == 1 else 40) if grouped else 24
-    if tile.consumers == 4:
-        least = int(os.environ.get("LOADING", "96"))
     spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
     loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
     consumers = (total - loading) // tile.consumers // 8 * 8
@@ -451,32 +492,27 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), group_of(config)
     widths = [width for width, _ in planes(config.bits)]
     raw = raw_decoder(config, tile)
-    fields = {"RAW": False, "SUMS": False, "UNITS": (1.0, 1.0), "SHIFT": (0.0, 0.0), "ZERO": (1.0, 1.0)}
-    if raw is not None:
-        decoder = replace(decoder, asm=raw.asm, constraints=raw.constraints, unit=1.0)
-        fields = {
-            "RAW": True,
-            "SUMS": config.with_zeros or raw.shift != (0.0, 0.0),
-            "UNITS": raw.unit,
-            "SHIFT": tuple(x * o for x, o in zip(raw.shift, raw.one)),
-            "ZERO": tuple(x * o for x, o in zip(raw.zero, raw.one)),
-        }
+    one = raw.one if raw is not None else (1.0, 1.0)
     found = Constants(
-        **fields,
         BITS=config.bits,
         WIDTH=widths[0],
         EXTRA=widths[1] if len(widths) > 1 else 0,
         TILE_K=FRAGMENT_16.block_k(config.bits),
-        ASM=decoder.asm,
-        CONSTRAINTS=decoder.constraints,
+        ASM=(raw or decoder).asm,
+        CONSTRAINTS=(raw or decoder).constraints,
         BASE=decoder.base,
         MOST=decoder.most,
-        UNIT=decoder.unit,
+        UNIT=decoder.unit if raw is None else 1.0,
         SCALE_KIND=config.format.scale_encoding or "float",
         ZEROS_KIND=(config.zeros_mode or "original") if config.with_zeros else "none",
-        MINUS=extras.based,
+        MINUS=extras.based and raw is None,
         SCALED=extras.scaled,
-        ADDED=extras.added,
+        ADDED=extras.added and raw is None,
+        RAW=raw is not None,
+        SUMS=raw is not None and _adds_up(config, raw),
+        UNITS=raw.unit if raw is not None else (1.0, 1.0),
+        SHIFT=tuple(x * y for x, y in zip(raw.shift, one)) if raw is not None else (0.0, 0.0),
+        ZERO=tuple(x * y for x, y in zip(raw.zero, one)) if raw is not None else (1.0, 1.0),
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,

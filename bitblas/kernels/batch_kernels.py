@@ -97,12 +97,14 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.constexpr_function
-def preparing_layout(GROUPS, BANDS):
-    """The same shape, rows across two warps."""
+def preparing_layout(GROUPS, BANDS, WARPS):
+    """The same shape, rows across one warp or two."""
     registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
     lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
-    shape = [GROUPS, 4 * BANDS, 2, 8]
-    return gl.DistributedLinearLayout(registers, lanes, [[0, 2, 0, 0]], [], shape)
+    warps = [[0, 2, 0, 0]]
+    if WARPS == 1:
+        registers, warps = registers + warps, []
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [GROUPS, 4 * BANDS, 2, 8])
 
 
 # --- who does what ---------------------------------------------------------------------------
@@ -116,20 +118,25 @@ def share_of(shared, bodies, block):
 
 
 @gluon.jit
-def segments(tiles, whole, bodies):
+def segments(tiles, whole, bodies, P: gl.constexpr):
     """(segments of this block in shared tiles, all of its segments, first and last body of its
     share)."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
     alone = (whole - block + blocks - 1) // blocks
-    first, last = share_of(tiles - whole, bodies, block)
-    shared = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
-    return shared, shared + alone, first, last
+    if P.SHARED:
+        first, last = share_of(tiles - whole, bodies, block)
+        shared = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
+        return shared, shared + alone, first, last
+    else:
+        return 0, alone, 0, 0
 
 
 @gluon.jit
-def segment(i, whole, bodies, shared, first, last):
+def segment(i, whole, bodies, shared, first, last, P: gl.constexpr):
     """The i-th: (tile, first body, last body). Those in shared tiles come first, in reverse."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
+    if not P.SHARED:
+        return block + i * blocks, 0, bodies
     nth = (last - 1) // bodies - i
     alone = i >= shared
     tile = gl.where(alone, block + (i - shared) * blocks, whole + nth)
@@ -166,8 +173,10 @@ def single_rows(a_smem):
 
 @gluon.jit
 def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
-    where = [tile_n * P.TILE_BANDS, stage * (4 * P.STAGE_CHUNKS), 0]
-    tma_load(W, where, barrier, w_smem.index(buffer))
+    BOXES: gl.constexpr = P.STAGE_CHUNKS // P.BOX_CHUNKS
+    for box in gl.static_range(BOXES):
+        where = [tile_n * P.TILE_BANDS, (stage * BOXES + box) * (4 * P.BOX_CHUNKS), 0]
+        tma_load(W, where, barrier, w_smem.index(buffer * BOXES + box))
 
 
 @gluon.jit
@@ -224,10 +233,10 @@ def produce(operands, P: gl.constexpr):
     ) = operands  # fmt: skip
     MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
     BYTES: gl.constexpr = (
-        W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
+        P.STAGE_CHUNKS // P.BOX_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
     )  # fmt: skip
-    shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
-    tile, start, end = segment(0, whole, bodies, shared, first, last)
+    shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
+    tile, start, end = segment(0, whole, bodies, shared, first, last, P)
     tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
     early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
     for i in range(early):
@@ -242,7 +251,7 @@ def produce(operands, P: gl.constexpr):
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, first, last)
+        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         for stage in range(start * P.UNROLL + gl.where(s == 0, early, 0), end * P.UNROLL):
             barrier = ready.index(buffer)
@@ -369,13 +378,13 @@ def prepare(operands, P: gl.constexpr):
     BANDS: gl.constexpr = P.TILE_BANDS
     GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
-    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
-    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, P.PREPARING)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS, P.PREPARING)
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 1
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
         begin = start * P.UNROLL
@@ -390,15 +399,22 @@ def prepare(operands, P: gl.constexpr):
             keep_loads_here()
             for i in gl.static_range(RUN):
                 if (run * RUN + i >= begin) & (run * RUN + i < stop):
-                    minus, factor, addend = decoder_extras(
-                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), a_smem.dtype, P, L
-                    )  # fmt: skip
-                    mbarrier.wait(empty.index(buffer), phase)
+                    scale = of_stage(scales, i, P, L)
+                    zero = of_stage(zeros, i, P, L)
                     slot = buffer * P.EXTRAS
+                    if P.RAW:
+                        factor, offset = corrections(scale, zero, P, L)
+                        mbarrier.wait(empty.index(buffer), phase)
+                        e_smem.index(slot).store(factor.to(gl.int32, bitcast=True))
+                        if P.SUMS:
+                            e_smem.index(slot + 1).store(offset.to(gl.int32, bitcast=True))
+                    else:
+                        minus, factor, addend = decoder_extras(scale, zero, a_smem.dtype, P, L)
+                        mbarrier.wait(empty.index(buffer), phase)
                     if P.MINUS:
                         e_smem.index(slot).store(minus)
                         slot += 1
-                    if P.SCALED:
+                    if P.SCALED and not P.RAW:
                         e_smem.index(slot).store(factor)
                         slot += 1
                     if P.ADDED:
@@ -423,12 +439,11 @@ def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
     offset = gl.where(r3 == 0, -P.SHIFT[0], -P.SHIFT[1])
     if P.ZEROS_KIND == "original" or P.ZEROS_KIND == "quantized":
         offset = offset + zero
-    if P.SCALE_KIND != "none":
+    factor = unit
+    if P.SCALED:
         scale = decode_scale(scale, P.SCALE_KIND)
         offset = offset * scale
         factor = scale * unit
-    else:
-        factor = unit
     if P.ZEROS_KIND == "rescale":
         offset = offset + zero
     return factor, offset * unit
@@ -437,16 +452,16 @@ def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
 @gluon.jit
 def sum_activations(a_smem, totals_smem, buffer, P: gl.constexpr):
     """Sums of each box of a stage of A, 64 k, by matrix instructions: two warps, a box each."""
-    COUNT: gl.constexpr = P.STEPS // 2
+    COUNT: gl.constexpr = P.STEPS * P.FIRST_M // 32  # 16 rows a warp: of one box or of several
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[2, 1, 1], instr_shape=[1, 16, 8]
     )  # fmt: skip
     ones = gl.full([2, 64, 8], 1.0, a_smem.dtype, gl.DotOperandLayout(1, MMA, 2))
     pairs = reinterpret(
-        a_smem, a_smem.dtype, [P.STAGES * COUNT, 2, P.FIRST_M, 64], gl.NVMMASharedLayout(128, 16, 3)
+        a_smem, a_smem.dtype, [P.STAGES * COUNT, 2, 16, 64], gl.NVMMASharedLayout(128, 16, 3)
     )  # fmt: skip
     totals = reinterpret(
-        totals_smem, gl.float32, [P.STAGES * COUNT, 2, P.FIRST_M],
+        totals_smem, gl.float32, [P.STAGES * COUNT, 2, 16],
         gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
     )  # fmt: skip
     TOGETHER: gl.constexpr = min(COUNT, 4)  # a sum's matrix instructions wait for each other
@@ -457,58 +472,28 @@ def sum_activations(a_smem, totals_smem, buffer, P: gl.constexpr):
             boxes = boxes + (box.load(gl.DotOperandLayout(0, MMA, 2)),)
         sums = ()
         for i in gl.static_range(TOGETHER):
-            sums = sums + (mma_v2(boxes[i], ones, gl.zeros([2, P.FIRST_M, 8], gl.float32, MMA)),)
+            sums = sums + (mma_v2(boxes[i], ones, gl.zeros([2, 16, 8], gl.float32, MMA)),)
         for i in gl.static_range(TOGETHER):  # columns are all alike
             totals.index(buffer * COUNT + (first + i)).store(gl.max(sums[i], axis=2))
 
 
 @gluon.jit
-def prepare_corrections(operands, P: gl.constexpr):
-    """Does for raw operands what `prepare` does for scaled ones, and adds up A where codes have
-    offsets."""
-    (
-        SCALE, ZEROS, a_smem, e_smem, totals_smem, ready, empty, corrected, N, G, tiles_n, tiles_m,
-        whole, bodies,
-    ) = operands  # fmt: skip
-    BANDS: gl.constexpr = P.TILE_BANDS
-    GROUPS: gl.constexpr = P.RUN_GROUPS
-    RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
-    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
-    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+def add_up(operands, P: gl.constexpr):
+    """Sums of all stages of A, for raw operands whose codes have offsets."""
+    a_smem, totals_smem, ready, summed, tiles_n, tiles_m, whole, bodies = operands
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 0
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
-        row = tile_n * (64 * BANDS)
-        begin = start * P.UNROLL
-        stop = end * P.UNROLL
-        first = begin // RUN * (RUN * P.STAGE_K) // P.GROUP
-        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR)
-        for run in range(begin // RUN, (stop + RUN - 1) // RUN):
-            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
-            next_scales, next_zeros = load_extras(
-                SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
-            )  # fmt: skip
-            keep_loads_here()
-            for i in gl.static_range(RUN):
-                if (run * RUN + i >= begin) & (run * RUN + i < stop):
-                    factor, offset = corrections(
-                        of_stage(scales, i, P, L), of_stage(zeros, i, P, L), P, L
-                    )  # fmt: skip
-                    mbarrier.wait(ready.index(buffer), phase)
-                    e_smem.index(buffer * P.EXTRAS).store(factor.to(gl.int32, bitcast=True))
-                    if P.SUMS:
-                        e_smem.index(buffer * P.EXTRAS + 1).store(offset.to(gl.int32, bitcast=True))
-                        sum_activations(a_smem, totals_smem, buffer, P)
-                    mbarrier.arrive(corrected.index(buffer))
-                    buffer += 1
-                    if buffer == P.STAGES:
-                        buffer = 0
-                        phase ^= 1
-            scales = next_scales
-            zeros = next_zeros
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
+        for _ in range(start * P.UNROLL, end * P.UNROLL):
+            mbarrier.wait(ready.index(buffer), phase)
+            sum_activations(a_smem, totals_smem, buffer, P)
+            mbarrier.arrive(summed.index(buffer))
+            buffer += 1
+            if buffer == P.STAGES:
+                buffer = 0
+                phase ^= 1
 
 
 @gluon.jit
@@ -573,26 +558,23 @@ def of_half(x, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def read_words(words, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, BANDS: gl.constexpr):
-    """CHUNKS (1 or 2) chunks of a consumer's words, from CHUNK on: [4 * BANDS, 8, 4, 4 * CHUNKS]."""
-    L: gl.constexpr = chunk_layout(BANDS)
-    w = words.slice(4 * CHUNK, 4, 1).load(L).reshape([4 * BANDS, 8, 4, 4])
-    if CHUNKS == 1:
-        return w
-    else:
-        more = words.slice(4 * CHUNK + 4, 4, 1).load(L)
-        w = gl.join(w, more.reshape([4 * BANDS, 8, 4, 4]))
-        return w.permute([0, 1, 2, 4, 3]).reshape([4 * BANDS, 8, 4, 8])
+def read_chunk(w_smem, buffer, CHUNK: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr):
+    """A chunk of a stage, for the ROW-th consumer along W's rows: [4 * BANDS, 8, 4, 4]."""
+    box = w_smem.index(buffer * (P.STAGE_CHUNKS // P.BOX_CHUNKS) + CHUNK // P.BOX_CHUNKS)
+    words = box.slice(ROW * P.BANDS, P.BANDS, 0).slice(4 * (CHUNK % P.BOX_CHUNKS), 4, 1)
+    return words.load(chunk_layout(P.BANDS)).reshape([4 * P.BANDS, 8, 4, 4])
 
 
 @gluon.jit
 def read_tile(w_smem, buffer, TILE: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr):
     """Both planes of the TILE-th tile of the packed layout in a stage, for the ROW-th consumer
-    along W's rows."""
-    words = w_smem.index(buffer).slice(ROW * P.BANDS, P.BANDS, 0)
-    main = read_words(words, TILE * P.TILE_CHUNKS, P.MAIN_CHUNKS, P.BANDS)
+    along W's rows: [4 * BANDS, 8, 4, 4 * chunks]."""
+    main = read_chunk(w_smem, buffer, TILE * P.TILE_CHUNKS, ROW, P)
+    if P.MAIN_CHUNKS == 2:
+        more = read_chunk(w_smem, buffer, TILE * P.TILE_CHUNKS + 1, ROW, P)
+        main = gl.join(main, more).permute([0, 1, 2, 4, 3]).reshape([4 * P.BANDS, 8, 4, 8])
     if P.EXTRA != 0:
-        return main, read_words(words, TILE * P.TILE_CHUNKS + P.MAIN_CHUNKS, 1, P.BANDS)
+        return main, read_chunk(w_smem, buffer, TILE * P.TILE_CHUNKS + P.MAIN_CHUNKS, ROW, P)
     else:
         return main, main
 
@@ -612,13 +594,13 @@ def decode_unit(
         e = take(extra, UNIT % P.TILE_UNITS)
         e = gl.join(e, e).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
         operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
-    if P.MINUS and not P.RAW:
+    if P.MINUS:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
     if P.SCALED and not P.RAW:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(scale, half, L), w)[0]]
-    if P.ADDED and not P.RAW:
+    if P.ADDED:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(addend, half, L), w)[0]]
     if DTYPE == gl.float16:
@@ -866,7 +848,7 @@ def sum_along_k(
 
 @gluon.jit
 def multiply_raw(
-    a, b, parts, acc, e_smem, totals_smem, corrected, buffer, phase, STEP: gl.constexpr,
+    a, b, parts, acc, e_smem, totals_smem, summed, buffer, phase, STEP: gl.constexpr,
     STEPS: gl.constexpr, KTH: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """The STEP-th of a consumer's STEPS in a stage, of 64 k, with raw operands: (parts, acc). Their
@@ -878,14 +860,14 @@ def multiply_raw(
     if STEP > 0:
         part, other = warpgroup_mma_wait(1, deps=(part, other))
     if STEP % EACH == 0 and STEP > 0:
-        if STEP == EACH:
-            mbarrier.wait(corrected.index(buffer), phase)
+        if STEP == EACH and P.SUMS:
+            mbarrier.wait(summed.index(buffer), phase)
         FOLD: gl.constexpr = KTH * STEPS // EACH + STEP // EACH - 1
         acc = correct(acc, other, e_smem, totals_smem, buffer, ROW, FOLD, P)
     if STEP == STEPS - 1:
         part = warpgroup_mma_wait(0, deps=(part,))
-        if STEPS == EACH:
-            mbarrier.wait(corrected.index(buffer), phase)
+        if STEPS == EACH and P.SUMS:
+            mbarrier.wait(summed.index(buffer), phase)
         LAST: gl.constexpr = KTH * STEPS // EACH + STEP // EACH
         acc = correct(acc, part, e_smem, totals_smem, buffer, ROW, LAST, P)
     if WHICH == 0:
@@ -898,7 +880,7 @@ def multiply_raw(
 def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, corrected, there,
+        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, summed, there,
         taken, M, N, G, tiles_n, tiles_m, whole, bodies,
     ) = operands  # fmt: skip
     ROW: gl.constexpr = WHO % P.ALONG_ROWS
@@ -915,20 +897,22 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.UNROLL * OWN
     HALVES: gl.constexpr = P.UNIT_K // 64
-    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 0
     for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last)
+        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = (tile_n * P.ALONG_ROWS + ROW) * (64 * P.BANDS)
-        if P.GROUP == 0 or P.RAW:  # of raw operands, unused
+        if P.RAW:  # no use
+            minus, scale, addend = 0, 0, 0
+        elif P.GROUP == 0:
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
-        parts = (acc, acc)
         for _ in range(start, end):
+            parts = (acc, acc)  # of raw operands
             previous = buffer
             for unit in gl.static_range(UNITS):
                 if unit % OWN == 0:
@@ -950,7 +934,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
                         parts, acc = multiply_raw(
-                            a, b, parts, acc, e_smem, totals_smem, corrected, buffer, phase,
+                            a, b, parts, acc, e_smem, totals_smem, summed, buffer, phase,
                             unit * HALVES + half, OWN * HALVES, KTH, ROW, P,
                         )  # fmt: skip
                     else:
@@ -1013,7 +997,8 @@ def batch_kernel(
             A.dtype, [P.STAGES * P.STEPS, P.MORE_M, 64], MORE.layout
         )  # fmt: skip
     w_smem = gl.allocate_shared_memory(
-        gl.int32, [P.STAGES, P.TILE_BANDS, 4 * P.STAGE_CHUNKS, 128], W.layout
+        gl.int32,
+        [P.STAGES * P.STAGE_CHUNKS // P.BOX_CHUNKS, P.TILE_BANDS, 4 * P.BOX_CHUNKS, 128], W.layout,
     )  # fmt: skip
     e_smem = gl.allocate_shared_memory(
         gl.int32,
@@ -1034,7 +1019,7 @@ def batch_kernel(
         gl.float32, [P.STAGES * P.STEPS if P.RAW and P.SUMS else 1, P.FIRST_M],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )  # fmt: skip
-    corrected = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
+    summed = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     sum_smem = gl.allocate_shared_memory(
@@ -1050,8 +1035,8 @@ def batch_kernel(
             mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and not P.RAW else 1)
-        mbarrier.init(corrected.index(i), count=1)
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
+        mbarrier.init(summed.index(i), count=1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
     fence_async_shared()
 
@@ -1065,7 +1050,7 @@ def batch_kernel(
     tiles_n = (N + P.ALONG_ROWS * ROWS - 1) // (P.ALONG_ROWS * ROWS)
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, corrected,
+        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, summed,
         there, taken, M, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
     producing = (
@@ -1075,19 +1060,16 @@ def batch_kernel(
     preparing = (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
-    correcting = (
-        SCALE, ZEROS, a_smem, e_smem, totals_smem, ready, empty, corrected, N, G, tiles_n, tiles_m,
-        WHOLE, bodies,
-    )  # fmt: skip
+    adding = (a_smem, totals_smem, ready, summed, tiles_n, tiles_m, WHOLE, bodies)
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
-    if P.RAW:
+    if P.SUMS:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
-            (produce, (producing, P)), (prepare_corrections, (correcting, P)),
-        ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
+            (produce, (producing, P)), (prepare, (preparing, P)), (add_up, (adding, P)),
+        ], [4, 4, 4, 1, 1, 2], [R, R, R, L, L, L])  # fmt: skip
     elif P.EXTRAS > 0:
         if P.CONSUMERS == 4:
             gl.warp_specialize([
