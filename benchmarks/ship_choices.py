@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import bitblas
+from bitblas import plan
 from bitblas.config import MatmulConfig
 from bitblas.formats import FORMATS
 from bitblas.kernels import batch, decode
@@ -42,7 +43,7 @@ def tile_of(kernel: str) -> tuple[ModuleType, Any]:
 
 
 def main(device: str, *results: str) -> None:
-    measured: dict[tuple[ModuleType, MatmulConfig, int], dict[Any, float]] = defaultdict(dict)
+    measured: dict[tuple[MatmulConfig, int], dict[Any, float]] = defaultdict(dict)
     for table in results:
         for row in csv.DictReader(open(table)):
             if " + " in row["kernel"]:  # two sections of rows: no choice of a tile
@@ -53,18 +54,18 @@ def main(device: str, *results: str) -> None:
                 group_size=FORMATS[w].fixed_group_size or int(row["group"]), with_scaling=True,
                 with_zeros=bool(zeros),
             )  # fmt: skip
-            family, tile = tile_of(row["kernel"])
-            measured[family, config, int(row["m"])][tile] = float(row["us"])
+            measured[config, int(row["m"])][tile_of(row["kernel"])] = float(row["us"])
     path = Path(bitblas.__file__).parent / "shipped" / f"{device.replace(' ', '_')}.json"
     shipped = json.loads(path.read_text()) if path.exists() else {}
     chosen = 0
-    for (family, config, m), times in measured.items():
+    for (config, m), times in measured.items():
         best = min(times, key=times.__getitem__)
-        planned = family.candidates(config, m)[0]
+        serving = [family for family in FAMILIES.values() if family.serves(config, m, 90)]
+        planned = plan.ranked(config, m, serving, decode.GPU())[0]
         choices = shipped.setdefault(config.problem_key, {})
         choices.pop(str(m), None)
         if times.get(planned, float("inf")) > 1.02 * times[best]:
-            choices[str(m)] = dataclasses.asdict(best)
+            choices[str(m)] = dataclasses.asdict(best[1])
             chosen += 1
     path.parent.mkdir(exist_ok=True)
     found = {key: choices for key, choices in shipped.items() if choices}

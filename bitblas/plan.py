@@ -79,14 +79,22 @@ def _recorded_pick(
 
 
 def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[ModuleType, Any]]:
-    """(family, tile) worth measuring for m rows, the one that should be the fastest first; those of
-    families without a cost model last."""
+    """(family, tile) worth measuring for m rows, the one that should be the fastest first."""
     serving = [f for f in families() if f.serves(config, m, _architecture(device))]
-    found = [(family, tile) for family in serving for tile in _tiles(family, config, m, device)]
+    return ranked(config, m, serving, _gpu(device))
+
+
+def ranked(
+    config: MatmulConfig, m: int, serving: list[ModuleType], gpu: Any
+) -> list[tuple[ModuleType, Any]]:
+    """The candidates of these families for m rows, in the order of the time that they should take;
+    those of `portable`, which has no cost model, last."""
+    found = [(family, tile) for family in serving for tile in _tiles(family, config, m, gpu)]
 
     def expected(candidate: tuple[ModuleType, Any]) -> float:
-        time = microseconds(config, ((*candidate, m),), device)
-        return float("inf") if time is None else time
+        family, tile = candidate
+        model = getattr(family, "microseconds", None)
+        return float("inf") if model is None else float(model(config, m, tile, gpu))
 
     return sorted(found, key=expected)
 
@@ -99,11 +107,10 @@ def families() -> tuple[ModuleType, ...]:
     return decode, batch, batch8, portable
 
 
-def _tiles(family: ModuleType, config: MatmulConfig, m: int, device: torch.device) -> list[Any]:
+def _tiles(family: ModuleType, config: MatmulConfig, m: int, gpu: Any) -> list[Any]:
     from .kernels import portable
 
-    more = () if family is portable else (_gpu(device),)
-    return list(family.candidates(config, m, *more))
+    return list(family.candidates(config, m, *(() if family is portable else (gpu,))))
 
 
 def _recorded(choice: dict[str, Any]) -> tuple[ModuleType, Any] | None:

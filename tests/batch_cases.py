@@ -54,6 +54,16 @@ def drawn_tile(rng: random.Random, config: MatmulConfig) -> Tile:
     """Any tile that fits, with any number of blocks."""
     smallest = FRAGMENT_16.block_k(config.bits)
     while True:
+        if rng.random() < 0.4:
+            block_m, along_k = rng.choice([(8, 4), (16, 4), (32, 4), (64, 4), (64, 2)])
+            tile = Tile(
+                block_m, 1, consumers=4, stage_k=smallest * along_k * rng.choice((1, 2)),
+                stages=rng.choice((2, 3, 5)), unroll=1, blocks=rng.choice((1, 3, 11, 70, 132)),
+                share=rng.random() < 0.7, along_k=along_k,
+            )  # fmt: skip
+            if batch.shared_bytes(config, tile) <= batch.SHARED_BYTES:
+                return tile
+            continue
         block_m, bands = rng.choice(
             [(32, 2), (64, 2), *((rows, 1) for rows in (32, 64, 96, 128, 160, 192, 256, 320))]
         )

@@ -42,6 +42,18 @@ BATCH = [  # tiles that are shared among blocks, and ones that are not
     ("int4", "bfloat16", None, 200, 416, 32, 90, batch.Tile(96, 1, 2, 64, 3, 1, 4)),
     ("uint3", "bfloat16", "rescale", 33, 520, -1, 17, batch.Tile(32, 2, 2, 256, 2, 1, 2)),
     ("nf4", "float16", None, 300, 544, 32, 20, batch.Tile(32, 1, 2, 64, 3, 2, 9, share=False)),
+    ("uint4", "float16", "original", 72, 4096, 64, 7, batch.Tile(8, 1, 4, 512, 3, 1, 3, along_k=4)),
+    (
+        "uint4",
+        "bfloat16",
+        "original",
+        72,
+        1024,
+        64,
+        16,
+        batch.Tile(16, 1, 4, 256, 3, 1, 2, along_k=4),
+    ),
+    ("int4", "float16", None, 200, 1024, 64, 50, batch.Tile(64, 1, 4, 128, 3, 1, 3, along_k=2)),
 ]
 BATCH8 = [
     ("int4", "int8", None, 72, 416, -1, 5, batch8.Tile(16, 1, 1, 256, 3, 1, 2)),

@@ -24,7 +24,6 @@ from bitblas import plan
 from bitblas.kernels import batch
 from bitblas.kernels.batch import Tile
 from bitblas.kernels.prepared import Prepared
-from bitblas.kernels.wgmma import bucket
 
 if torch.cuda.get_device_capability()[0] != 9 or not batch.gluon_available():
     pytest.skip("needs Hopper and Gluon", allow_module_level=True)
@@ -46,6 +45,15 @@ UNALIKE = [
     ("nf4", "bfloat16", None, 64, 64, Tile(64, 2, 2, 64, 6, 2, 132)),
     ("nvfp4", "float16", None, 16, 17, Tile(32, 1, 2, 64, 8, 2, 132)),
     ("e4m3_float8", "float16", None, 128, 1000, Tile(256, 1, 2, 64, 3, 2, 20)),
+    # consumers along k; up to 8 rows of A, raw operands
+    ("uint4", "float16", "original", 128, 8, Tile(8, 1, 4, 1024, 4, 1, 132, along_k=4)),
+    ("uint4", "bfloat16", "quantized", 64, 5, Tile(8, 1, 4, 512, 5, 1, 40, along_k=4)),
+    ("uint3", "float16", "rescale", 512, 7, Tile(8, 1, 4, 1024, 3, 1, 13, along_k=4)),
+    ("int1", "float16", None, 128, 3, Tile(8, 1, 4, 1024, 4, 1, 17, share=False, along_k=4)),
+    ("uint4", "float16", "rescale", 128, 16, Tile(16, 1, 4, 512, 5, 1, 132, along_k=4)),
+    ("uint3", "bfloat16", "original", 128, 11, Tile(16, 1, 4, 1024, 3, 1, 33, along_k=4)),
+    ("nf4", "float16", None, 64, 32, Tile(32, 1, 4, 512, 3, 1, 21, along_k=4)),
+    ("int2", "bfloat16", None, -1, 64, Tile(64, 1, 4, 256, 3, 1, 132, along_k=2)),
 ]
 
 
@@ -67,7 +75,7 @@ def each_unalike(test):
 @pytest.mark.parametrize(("a", "w", "zeros"), COMBINATIONS)
 def test_any_product_in_any_tile(a, w, zeros, seed):
     rng = random.Random(seed)
-    for rows in ((17, 64), (65, 700)):
+    for rows in ((2, 16), (17, 64), (65, 700)):
         product, tile = drawn(rng, a, w, zeros, rng.randint(*rows))
         product.check(product(tile), tile)
 
@@ -192,17 +200,18 @@ def test_two_streams_at_once(seed):
 
 
 @pytest.mark.parametrize("results", [20, 2])
-@pytest.mark.parametrize("m", [24, 100])
+@pytest.mark.parametrize("m", [6, 24, 100])
 def test_each_kernel_waits_for_the_one_that_writes_its_input(m, results, seed):
     """Twenty products in a row, with results of their own, NaN until written; and with two, each
     read before it is written again."""
     chain = []
     for i in range(20):
         w, zeros, tile = (
+            ("uint4", "original", Tile(8 if m <= 8 else 16, 1, 4, 1024, 3, 1, 16, along_k=4)),
             ("uint4", "original", Tile(128, 1, 2, 64, 6, 2, 132)),
             ("int4", None, Tile(32, 1, 2, 64, 6, 4, 20)),
             ("nf4", None, Tile(64, 2, 2, 64, 4, 2, 132, share=False)),
-        )[i % 3]
+        )[i % 4]
         config = make_config("float16", w, zeros, N=1024, K=1024, group_size=128)
         problem = draw(config, m, seed + i, "cuda")
         problem.scale.mul_(problem.A.double().norm() / problem.expected().norm())
@@ -282,7 +291,7 @@ def test_planned_products_of_a_row_do_not_depend_on_the_batch(w, seed):
     problem = draw(config, 320, seed, "cuda")
     matmul = bitblas.Matmul(config)
     W = matmul.transform_weight(logical_weight(problem))
-    ranges = itertools.groupby(range(17, 321), lambda m: bucket(m, 32))
+    ranges = itertools.groupby(range(2, 321), batch.rows_of_bucket)
     for least, *_, most in (list(rows) for _, rows in ranges):
         whole = matmul(problem.A[:most], W, **problem.extras())
         for m in (least, (least + most) // 2, most - 1):

@@ -199,17 +199,17 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
 
 def stands_for(measured: int, m: int) -> bool:
     """Whether a tile measured with so many rows is taken for m."""
-    return _bucket(measured) == _bucket(m)
+    return rows_of_bucket(measured) == rows_of_bucket(m)
 
 
-def _bucket(m: int) -> int:
+def rows_of_bucket(m: int) -> int:
     """The largest of those m that share their tiles."""
     return 8 if m <= 8 else 16 if m <= 16 else bucket(m, _LEAST_ROWS)
 
 
 def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Tile]:
     """Tiles worth measuring for m rows, the one that should be the fastest first."""
-    return list(_candidates(config, _bucket(m), gpu or GPU()))
+    return list(_candidates(config, rows_of_bucket(m), gpu or GPU()))
 
 
 # block_m, values of k in a stage, stages that are unrolled, blocks on a multiprocessor, consumers,
@@ -229,8 +229,8 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
     for block_m, *shape in _SHAPES:
         if -(-m // block_m) * block_m > _MOST_IDLE * m or block_m < min(m, 256) / 4:
             continue
-        if (block_m <= _FEW_ROWS) != (m <= _FEW_ROWS):
-            continue
+        if block_m != m if m <= _FEW_ROWS else block_m <= _FEW_ROWS:
+            continue  # few rows have tiles of their own
         if block_m > 256 and m > block_m:  # pays where it saves a second tile only
             continue
         tile = _fitting(config, gpu, block_m, *shape)
@@ -275,7 +275,7 @@ def _fitting(
     body_k, blocks = stage_k * unroll, per_sm * gpu.multiprocessors
     if group:  # what is prepared for more groups takes registers
         stage_k = min(stage_k, 2 * consumers * group)
-        if along_k > 1 and stage_k < least:
+        if along_k > 1 and least > along_k * along_k * group:
             return None
     stage_k = max(stage_k, least)
     while stage_k >= least:
@@ -300,14 +300,38 @@ def _fitting(
     return None
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Constants of the cost model. matrix: of the rate that the matrix units have on paper; weight,
+    decoding: instructions for a lane's weight, and for each that its decoder has; cached: what the
+    L2 gives, in reads of DRAM; power: of the norm; start, summed, column: microseconds, of a
+    kernel, of a tile that is shared, of a register of the accumulator at a segment's end."""
+
+    matrix: float
+    weight: float
+    decoding: float
+    cached: float
+    power: float
+    start: float
+    summed: float
+    column: float
+
+
+# fits to measurements on an H200: 640 (h200_batch_tiles.csv in benchmarks/results), 9 % off; 242 of
+# tiles with consumers along k (h200_batch_k_tiles.csv), 8 % off
+_COSTS = {
+    False: _Costs(0.818, 3.62, 1.0, 2.06, 2.59, 1.61, 3.23, 0.0064),
+    True: _Costs(0.633, -0.72, 2.65, 2.58, 4.81, 3.02, 2.34, 0.0),
+}
+_RAW = 1.1  # what raw tiles take of that
+
+
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     """What a product should take, from counts of instructions and bytes.
 
     The busiest block decides: its matrix instructions, its others, what all blocks read of weights
     for the first time and what they read of anything overlap, but not wholly (a p-norm of them);
-    the ends of segments do not. The constants are a fit to 640 measurements on an H200
-    (benchmarks/results/h200_batch_tiles.csv), 9 % off; those of tiles with consumers along k are
-    of fewer.
+    the ends of segments do not.
     """
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
@@ -318,25 +342,25 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     most = parts(shared, bodies, blocks) if shared else 1
     steps = (waves * bodies - (-shared * bodies // blocks)) * tile.body_k
     per_sm = -(-blocks // gpu.multiprocessors)
+    costs, raw = _COSTS[tile.along_k > 1], raw_decoder(config, tile)
 
     # for a value of k, in microseconds
     rows = tile.rows * per_sm / gpu.cycles_per_us
-    matrix = rows * max(tile.block_m, 26) / 2048 / 0.818
-    decoder = raw_decoder(config, tile) or _decoder(config)
-    instructions = (
-        rows * (decoder.instructions_per_weight + (3.62 if tile.along_k == 1 else 2.75)) / 128
-    )
+    matrix = rows * max(tile.block_m, 26) / 2048 / costs.matrix  # of 26 columns or fewer
+    decoding = costs.decoding * (raw or _decoder(config)).instructions_per_weight
+    instructions = rows * (decoding + costs.weight) / 128
     weights = tile.rows * (config.bits + 0.25) / 8
     read = blocks * weights / gpu.bytes_per_us / min(tiles_m, SWEEP)
-    cached = blocks * (weights + 2 * tile.block_m) / (2.06 * gpu.bytes_per_us)
-    step = sum(part**2.59 for part in (matrix, instructions, read, cached)) ** (1 / 2.59)
+    cached = blocks * (weights + 2 * tile.block_m) / (costs.cached * gpu.bytes_per_us)
+    parts_of_step = (matrix, instructions, read, cached)
+    step = sum(part**costs.power for part in parts_of_step) ** (1 / costs.power)
 
     registers = tile.bands * tile.block_m / 2  # of the accumulator
     even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
     segments = waves + (0 if not shared else 1 if even else 2)
-    start, summed = (1.61, 3.23) if tile.along_k == 1 else (4.0, 1.0)
-    summed = summed + (most - 1) * 0.0127 * registers if most > 1 else 0.0
-    return start + steps * step + segments * 0.0064 * registers + summed
+    summed = costs.summed + (most - 1) * 0.0127 * registers if most > 1 else 0.0
+    time = costs.start + steps * step + segments * costs.column * registers + summed
+    return time if raw is None else _RAW * time
 
 
 def launches(
@@ -492,7 +516,11 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), group_of(config)
     widths = [width for width, _ in planes(config.bits)]
     raw = raw_decoder(config, tile)
-    one = raw.one if raw is not None else (1.0, 1.0)
+    units, shift, zero = (1.0, 1.0), (0.0, 0.0), (1.0, 1.0)
+    if raw is not None:  # in sums of A, not of `one` times it
+        units = raw.unit
+        shift = (raw.shift[0] * raw.one[0], raw.shift[1] * raw.one[1])
+        zero = (raw.zero[0] * raw.one[0], raw.zero[1] * raw.one[1])
     found = Constants(
         BITS=config.bits,
         WIDTH=widths[0],
@@ -510,9 +538,9 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         ADDED=extras.added and raw is None,
         RAW=raw is not None,
         SUMS=raw is not None and _adds_up(config, raw),
-        UNITS=raw.unit if raw is not None else (1.0, 1.0),
-        SHIFT=tuple(x * y for x, y in zip(raw.shift, one)) if raw is not None else (0.0, 0.0),
-        ZERO=tuple(x * y for x, y in zip(raw.zero, one)) if raw is not None else (1.0, 1.0),
+        UNITS=units,
+        SHIFT=shift,
+        ZERO=zero,
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,

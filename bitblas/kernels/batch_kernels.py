@@ -232,8 +232,9 @@ def produce(operands, P: gl.constexpr):
         bodies,
     ) = operands  # fmt: skip
     MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
+    BOXES: gl.constexpr = P.STAGE_CHUNKS // P.BOX_CHUNKS
     BYTES: gl.constexpr = (
-        P.STAGE_CHUNKS // P.BOX_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
+        BOXES * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
     )  # fmt: skip
     shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
     tile, start, end = segment(0, whole, bodies, shared, first, last, P)
