@@ -87,16 +87,16 @@ def candidates(config: MatmulConfig, m: int, device: torch.device) -> list[tuple
 def ranked(
     config: MatmulConfig, m: int, serving: list[ModuleType], gpu: Any
 ) -> list[tuple[ModuleType, Any]]:
-    """The candidates of these families for m rows, in the order of the time that they should take;
-    those of `portable`, which has no cost model, last."""
-    found = [(family, tile) for family in serving for tile in _tiles(family, config, m, gpu)]
+    """The candidates of these families for m rows, family by family, in the order of the time that
+    the best of each should take; those of `portable`, which has no cost model, last."""
+    found = [(family, _tiles(family, config, m, gpu)) for family in serving]
 
-    def expected(candidate: tuple[ModuleType, Any]) -> float:
-        family, tile = candidate
+    def expected(candidates: tuple[ModuleType, list[Any]]) -> float:
+        family, tiles = candidates
         model = getattr(family, "microseconds", None)
-        return float("inf") if model is None else float(model(config, m, tile, gpu))
+        return float("inf") if model is None else float(model(config, m, tiles[0], gpu))
 
-    return sorted(found, key=expected)
+    return [(family, tile) for family, tiles in sorted(found, key=expected) for tile in tiles]
 
 
 @cached

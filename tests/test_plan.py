@@ -28,7 +28,7 @@ def product(N, K, **fields):
 
 
 def test_a_shipped_choice_serves_all_rows_that_are_staged_alike(h200):
-    config = product(8192, 8192)
+    config = product(14336, 4096)
     shipped = cache.recorded_choices(config, "NVIDIA H200")
     for measured, rows in ((8, range(2, 9)), (16, range(9, 17))):
         for m in rows:
