@@ -1,13 +1,16 @@
-"""Device code of the batch family: more than 16 rows of 16-bit A, on Hopper.
+"""Device code of the batch family: more than one row of 16-bit A, on Hopper.
 
 C^T = W A^T: weights, decoded in registers, are the row operand of wgmma, a tile of A in shared
 memory is the other. A block has warps that fill a ring of stages, one by TMA with A and the packed
-words, two with what decoders take of scales and zero points; and CONSUMERS warpgroups, each of
-which decodes and multiplies its own rows of W. The decoding of one step of 64 k runs beside the
-matrix instructions of the one before, and of the other warpgroups.
+words, two with what decoders take of scales and zero points; and CONSUMERS warpgroups, which
+decode and multiply. The decoding of one step of 64 k runs beside the matrix instructions of the one
+before, and of the other warpgroups.
 
-    tile     ROWS = 64 * BANDS * CONSUMERS rows of W by BLOCK_M rows of A: these are a power of two,
-             FIRST_M, and MORE_M, a smaller one or 0, each with its own buffers and accumulators
+    tile     64 * TILE_BANDS rows of W by BLOCK_M rows of A: these are a power of two, FIRST_M, and
+             MORE_M, a smaller one or 0, each with its own buffers and accumulators. ALONG_ROWS
+             consumers have 64 * BANDS rows of W each; where A has few rows, ALONG_K of them have
+             the same and divide the k of a stage among themselves, and their sums are added at the
+             end: so there are more warps, and fewer ends of tiles
     stage    STAGE_K values of k, what one fill of the ring holds
     body     UNROLL stages, what the loop of a consumer is unrolled to: matrix instructions that
              take their row operand from registers cannot be in flight over a loop's edge
@@ -27,6 +30,10 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     TILE_K: values of k in a tile of the packed layout, UNIT_K: those that are decoded at a time.
     GROUP: values of k that share a scale, a power of two; 0: one scale for a row.
     MINUS, SCALED, ADDED: which extras the decoder takes, EXTRAS: how many by way of the ring.
+    RAW: operands are the codes as they come, as in decode_kernels: the products of FOLD_K values of
+        k are summed up by themselves and corrected by what `prepare` has made of the group's scale
+        and zero point, and by sums of A, if they are needed (SUMS), which two more warps find.
+    ROW, KTH: which of the consumers along W's rows, and along k, a warpgroup is.
 """
 
 # Gluon gives these functions' parameters their types.
