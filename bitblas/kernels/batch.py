@@ -225,7 +225,9 @@ _MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large ar
 
 @lru_cache(maxsize=4096)
 def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
-    tiles = []
+    tiles: list[Tile] = []
+    if m <= _FEW_ROWS and config.format.scale_encoding == "e8m0":
+        return ()  # decode has its whole range of scales
     for block_m, *shape in _SHAPES:
         if -(-m // block_m) * block_m > _MOST_IDLE * m or block_m < min(m, 256) / 4:
             continue
