@@ -136,10 +136,11 @@ def _decoder(config: MatmulConfig) -> OperandDecoder:
 def raw_decoder(config: MatmulConfig, tile: Tile) -> PairDecoder | None:
     """The decoder of a tile whose operands are raw: codes as they come, which leave scales and zero
     points to the sums of each group; None for other tiles. For few rows of A that is less work."""
-    decoder = pair_decoder(config.format, config.A_dtype)
-    if tile.block_m > _RAW_ROWS or decoder is None or decoder.entry:
+    decoder, group = pair_decoder(config.format, config.A_dtype), group_of(config)
+    if tile.block_m > _RAW_ROWS or tile.along_k != 4 or decoder is None or decoder.entry:
         return None
-    return decoder if group_of(config) >= 64 and tile.along_k == 4 else None
+    # a warp prepares 8 groups of a stage without spilling
+    return decoder if 64 <= group and tile.stage_k <= 8 * group else None
 
 
 def _adds_up(config: MatmulConfig, raw: PairDecoder) -> bool:
