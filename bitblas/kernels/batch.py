@@ -36,6 +36,7 @@ _LEAST_ROWS = 32  # of A that a tile has
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
+PAIR_SHARED = 16  # bytes of a pair's barriers
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # blocks on a multiprocessor -> registers of each of a block's 384 threads
 _REGISTERS = {1: 168, 2: 80}
@@ -46,12 +47,14 @@ class Tile(WgmmaTile):
     """How a product is cut up; batch_kernels explains the terms.
 
     share: whether blocks share the tiles that are left when each has done the same number of whole
-    ones. per_sm: blocks for which a multiprocessor has room.
+    ones. per_sm: blocks for which a multiprocessor has room. pair: whether the two blocks of a
+    cluster have one tile, each half of K.
     """
 
     share: bool = True
     per_sm: int = 1
     kernel: str = "batch"
+    pair: bool = False
 
     def __post_init__(self) -> None:
         if self.consumers != 2:
@@ -307,7 +310,7 @@ def launches(
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = shared_tiles(config, m, tile)
     whole = tiles_n * tiles_m - shared
-    in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
+    in_parts = not tile.pair and shared > 0 and parts(shared, bodies, blocks) > 1
     slots = (blocks, tile.consumers)
     first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
@@ -337,7 +340,19 @@ def launches(
     options: dict[str, Any] = {"maxnreg": _REGISTERS[tile.per_sm]}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
-    return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
+    return [
+        Launch(
+            batch_kernels.batch_kernel,
+            (blocks,),
+            arguments,
+            constants,
+            4,
+            1,
+            options,
+            extra_shared=PAIR_SHARED if tile.pair else 0,
+            cluster=2 if tile.pair else 1,
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -373,6 +388,7 @@ class Constants(ConstantsBase):
     UNROLL: int
     SWEEP: int
     SHARED: bool
+    PAIRED: bool
     REGISTERS: int
     LOADING_REGISTERS: int
 
@@ -441,6 +457,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
+        PAIRED=tile.pair,
         **_registers(tile, group != 0),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

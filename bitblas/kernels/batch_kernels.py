@@ -43,6 +43,16 @@ from .device import (
     take,
     wait_for_previous_kernel,
 )
+from .pairs import (
+    begin_pair,
+    give_room,
+    join_pair,
+    received,
+    send,
+    wait_for_arrival,
+    wait_for_pair,
+    wait_for_room,
+)
 from .versions import (
     fence_async_shared,
     gl,
@@ -228,6 +238,8 @@ def produce(operands, P: gl.constexpr):
         P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
     )  # fmt: skip
     shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
+    if P.PAIRED:
+        join_pair()
     tile, start, end = segment(0, whole, bodies, shared, first, last)
     tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
     early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
@@ -373,6 +385,8 @@ def prepare(operands, P: gl.constexpr):
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
     LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    if P.PAIRED:
+        join_pair()
     buffer = 0
     phase = 1
     for s in range(count):
@@ -654,6 +668,27 @@ def with_parts(x, pointer, STRIDE: gl.constexpr, first, last, PIECE: gl.constexp
 
 
 @gluon.jit
+def add_pair(acc, more, WHO: gl.constexpr, P: gl.constexpr):
+    """acc and more with the other block's part, in the block that has the WHO-th consumer's rows in
+    the end; from the other one they are sent there."""
+    rank = gl.program_id(0) % 2
+    thread_barrier()
+    wait_for_pair()
+    give_room(rank)
+    if rank == WHO:
+        wait_for_arrival()
+        acc = by_rows(received(by_threads(acc), 0), acc)
+        if P.MORE_M > 0:
+            more = by_rows(received(by_threads(more), 4 * acc.numel), more)
+    else:
+        wait_for_room()
+        send(by_threads(acc), rank, 0)
+        if P.MORE_M > 0:
+            send(by_threads(more), rank, 4 * acc.numel)
+    return acc, more, rank == WHO
+
+
+@gluon.jit
 def wait_for_products(UNDER_WAY: gl.constexpr, acc, more, P: gl.constexpr):
     """Until no more than so many matrix instructions are under way."""
     if P.MORE_M > 0:
@@ -691,6 +726,8 @@ def finish_segment(
             acc, more = add_parts(PARTS, FLAGS, acc, more, first, WHO, P)
         if not to_end:
             send_part(PARTS, FLAGS, acc, more, WHO, P)
+    if P.PAIRED:
+        acc, more, to_end = add_pair(acc, more, WHO, P)
     if to_end:
         if GLOBAL_SCALE is not None:
             factor = gl.load(GLOBAL_SCALE)
@@ -724,6 +761,8 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     UNITS: gl.constexpr = P.BODY_UNITS
     HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
+    if P.PAIRED:
+        join_pair()
     buffer = 0
     phase = 0
     for s in range(count):
@@ -834,6 +873,8 @@ def batch_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
+    if P.PAIRED:
+        begin_pair(4 * P.PART)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
@@ -858,7 +899,19 @@ def batch_kernel(
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
-    if P.EXTRAS > 0:
+    if P.PAIRED:
+        # every warp has to join, so there are no fewer than registers are set for
+        if P.EXTRAS > 0:
+            gl.warp_specialize([
+                (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                (produce, (producing, P)), (prepare, (preparing, P)), (join_pair, ()),
+            ], [4, 1, 2, 1], [R, L, L, L])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
+                (produce, (producing, P)), (join_pair, ()), (join_pair, ()),
+            ], [4, 1, 2, 1], [R, L, L, L])  # fmt: skip
+    elif P.EXTRAS > 0:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (produce, (producing, P)), (prepare, (preparing, P)),
