@@ -59,6 +59,13 @@ class Tile(WgmmaTile):
     def __post_init__(self) -> None:
         if self.consumers != 2:
             raise ValueError(f"consumers: got {self.consumers}, expected 2")
+        if self.pair and 2 * self.pieces[0] * self.stage_k * self.stages < self.part_bytes:
+            raise ValueError("pair: what a consumer sends does not fit in the ring's rows of A")
+
+    @property
+    def part_bytes(self) -> int:
+        """Of a consumer's sums."""
+        return 4 * 64 * self.bands * self.block_m
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -137,6 +144,8 @@ def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
     or too many parts of a tile."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
+    if tile.pair:
+        return tiles_n * tiles_m
     shared = tiles_n * tiles_m % blocks if tile.share else 0
     few = shared * bodies >= blocks and parts(shared, bodies, blocks) <= MOST_PARTS
     return shared if few else 0
@@ -149,6 +158,8 @@ def _bodies(config: MatmulConfig, tile: Tile) -> int:
 def _blocks(config: MatmulConfig, m: int, tile: Tile) -> int:
     """Those that have something to do."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
+    if tile.pair:
+        return 2 * tiles_n * tiles_m
     each = _bodies(config, tile) if tile.share else 1
     return min(tile.blocks, tiles_n * tiles_m * each)
 
@@ -224,7 +235,10 @@ def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
         return []  # fuller multiprocessors take longer than the parts would save
     if tiles <= blocks // 2:  # as many blocks for each tile, not so many that the sum takes long
         counts = {min(blocks // tiles, most) for most in (4, 8, 16)}
-        return [replace(tile, blocks=count * tiles) for count in sorted(counts)] + [tile]
+        found = [replace(tile, blocks=count * tiles) for count in sorted(counts)] + [tile]
+        if tile.per_sm == 1 and _bodies(config, tile) > 1:
+            found.append(replace(tile, blocks=2 * tiles, pair=True))
+        return found
     return [alone, tile] if tiles % blocks else [alone]
 
 

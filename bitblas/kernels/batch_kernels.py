@@ -511,22 +511,6 @@ def decode_unit(
 
 
 @gluon.jit
-def read_unit(
-    w_smem, e_smem, minus, scale, addend, buffer, WHO: gl.constexpr, DTYPE: gl.constexpr,
-    P: gl.constexpr,
-):  # fmt: skip
-    """decode_unit of a stage's first unit."""
-    chunk = buffer * P.STAGE_CHUNKS
-    main = read_words(w_smem, chunk, WHO, P.MAIN_CHUNKS, P.BANDS)
-    extra = main
-    if P.EXTRA != 0:
-        extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
-    if P.EXTRAS > 0:
-        minus, scale, addend = read_extras(e_smem, buffer * P.EXTRAS, WHO, 0, P)
-    return decode_unit(main, extra, minus, scale, addend, 0, DTYPE, P)
-
-
-@gluon.jit
 def step_registers(o, STEP: gl.constexpr, PAIRS: gl.constexpr):
     """The four registers of each pair's STEP-th step of 16 k: [.., PAIRS, h, r3, x]."""
     a = gl.join(gl.join(o[4 * STEP], o[4 * STEP + 1]), gl.join(o[4 * STEP + 2], o[4 * STEP + 3]))
@@ -790,73 +774,50 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
-        if P.GROUP != 0:
-            minus, scale, addend = read_extras(e_smem, buffer * P.EXTRAS, WHO, 0, P)
-        mbarrier.wait(ready.index(buffer), phase)
-        o = read_unit(w_smem, e_smem, minus, scale, addend, buffer, WHO, a_smem.dtype, P)
-        a = row_operand(o, 0, P, DOT)
-        b = a
-        if HALVES > 1:
-            b = row_operand(o, 4, P, DOT)
-        for body in range(start, end):
+        for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
-                if unit > 0:
-                    if unit % P.STAGE_UNITS == 0:
-                        mbarrier.wait(ready.index(buffer), phase)
-                    if unit % P.TILE_UNITS == 0 or unit == 1:
-                        chunk = buffer * P.STAGE_CHUNKS
-                        chunk += unit % P.STAGE_UNITS // P.TILE_UNITS * P.TILE_CHUNKS
-                        main = read_words(w_smem, chunk, WHO, P.MAIN_CHUNKS, P.BANDS)
-                        extra = main
-                        if P.EXTRA != 0:
-                            extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
-                    if P.EXTRAS > 0:
-                        if unit % P.STAGE_UNITS * P.UNIT_K % P.GROUP == 0 or unit == 1:
-                            minus, scale, addend = read_extras(
-                                e_smem, buffer * P.EXTRAS, WHO,
-                                unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
-                            )  # fmt: skip
-                    o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
-                    a = row_operand(o, 0, P, DOT)
-                    if HALVES > 1:
-                        b = row_operand(o, 4, P, DOT)
+                if unit % P.STAGE_UNITS == 0:
+                    mbarrier.wait(ready.index(buffer), phase)
+                if unit % P.TILE_UNITS == 0:
+                    chunk = buffer * P.STAGE_CHUNKS
+                    chunk += unit % P.STAGE_UNITS // P.TILE_UNITS * P.TILE_CHUNKS
+                    main = read_words(w_smem, chunk, WHO, P.MAIN_CHUNKS, P.BANDS)
+                    extra = main
+                    if P.EXTRA != 0:
+                        extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
+                if P.EXTRAS > 0:
+                    if unit % P.STAGE_UNITS * P.UNIT_K % P.GROUP == 0:
+                        minus, scale, addend = read_extras(
+                            e_smem, buffer * P.EXTRAS, WHO,
+                            unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
+                        )  # fmt: skip
+                o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
+                    a = row_operand(o, 4 * half, P, DOT)
                     step = buffer * P.STEPS + unit % P.STAGE_UNITS * HALVES + half
-                    operand = a if half == 0 else b
-                    acc = warpgroup_mma(
-                        operand, a_smem.index(step).permute((1, 0)), acc, is_async=True
-                    )  # fmt: skip
+                    acc = warpgroup_mma(a, a_smem.index(step).permute((1, 0)), acc, is_async=True)
                     if P.MORE_M > 0:
-                        operand = gl.convert_layout(operand, MORE_DOT, assert_trivial=True)
-                        columns = more_smem.index(step).permute((1, 0))
-                        more = warpgroup_mma(operand, columns, more, is_async=True)
-                    if unit + half > 0:
+                        a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
+                        b = more_smem.index(step).permute((1, 0))
+                        more = warpgroup_mma(a, b, more, is_async=True)
+                    if unit == UNITS - 1 and half == HALVES - 1:
+                        acc, more = wait_for_products(0, acc, more, P)
+                    elif unit + half > 0:
                         acc, more = wait_for_products(EACH, acc, more, P)
-                    if unit % P.STAGE_UNITS == 0 and half == 0:
+                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
                         # the words were read through another proxy than TMA writes by
                         fence_async_shared()
-                        if unit > 0:
-                            mbarrier.arrive(empty.index(previous))
-                        else:
-                            last = gl.where(buffer == 0, P.STAGES - 1, buffer - 1)
-                            mbarrier.arrive(empty.index(last), pred=body > start)
+                        mbarrier.arrive(empty.index(previous))
                 if unit % P.STAGE_UNITS == P.STAGE_UNITS - 1:
+                    if unit == UNITS - 1:
+                        fence_async_shared()
+                        mbarrier.arrive(empty.index(buffer))
                     previous = buffer
                     buffer += 1
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
-            # the next body's first unit is decoded while the last products are under way
-            if body + 1 < end:
-                mbarrier.wait(ready.index(buffer), phase)
-                o = read_unit(w_smem, e_smem, minus, scale, addend, buffer, WHO, a_smem.dtype, P)
-                a = row_operand(o, 0, P, DOT)
-                if HALVES > 1:
-                    b = row_operand(o, 4, P, DOT)
-            acc, more = wait_for_products(0, acc, more, P)
-        fence_async_shared()
-        mbarrier.arrive(empty.index(gl.where(buffer == 0, P.STAGES - 1, buffer - 1)))
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
         finish_segment(
