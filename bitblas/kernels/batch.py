@@ -55,6 +55,7 @@ class Tile(WgmmaTile):
     per_sm: int = 1
     kernel: str = "batch"
     pair: bool = False
+    rescale: bool = False
 
     def __post_init__(self) -> None:
         if self.consumers != 2:
@@ -125,6 +126,21 @@ def _extras(config: MatmulConfig) -> _Extras:
     return _Extras(kind in ("original", "quantized"), scaled, kind in ("original", "rescale"))
 
 
+def _rescaled(config: MatmulConfig, tile: Tile) -> bool:
+    """Whether operands are scaled by powers of two, and the sums by the rest of their group's
+    scale."""
+    group = group_of(config)
+    return (
+        tile.rescale
+        and group != 0
+        and group % tile.body_k == 0
+        and _extras(config).scaled
+        and config.format.scale_encoding is None
+        and not isinstance(config.format.decoder, Table)
+        and not (config.with_zeros and config.zeros_mode == "rescale")
+    )
+
+
 def _decoder(config: MatmulConfig) -> OperandDecoder:
     extras = _extras(config)
     decoder = operand_decoder(
@@ -179,7 +195,7 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
     group, extras = group_of(config), _extras(config)
     if group:
-        kinds = extras.based + extras.scaled + extras.added
+        kinds = extras.based + extras.scaled + extras.added + _rescaled(config, tile)
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
     return tile.stages * (stage + 16) + out + 1024
@@ -388,6 +404,7 @@ class Constants(ConstantsBase):
     MINUS: bool
     SCALED: bool
     ADDED: bool
+    RESCALED: bool
     GROUP: int
     ALIGNED: bool
     BLOCK_M: int
@@ -424,7 +441,7 @@ class Constants(ConstantsBase):
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
-    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
+    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED + c.RESCALED) * (1 if c.GROUP else 0))
 
 
 def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
@@ -457,6 +474,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         MINUS=extras.based,
         SCALED=extras.scaled,
         ADDED=extras.added,
+        RESCALED=_rescaled(config, tile),
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,
