@@ -55,18 +55,10 @@ class Tile(WgmmaTile):
     per_sm: int = 1
     kernel: str = "batch"
     pair: bool = False
-    rescale: bool = False
 
     def __post_init__(self) -> None:
         if self.consumers != 2:
             raise ValueError(f"consumers: got {self.consumers}, expected 2")
-        if self.pair and 2 * self.pieces[0] * self.stage_k * self.stages < self.part_bytes:
-            raise ValueError("pair: what a consumer sends does not fit in the ring's rows of A")
-
-    @property
-    def part_bytes(self) -> int:
-        """Of a consumer's sums."""
-        return 4 * 64 * self.bands * self.block_m
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -126,21 +118,6 @@ def _extras(config: MatmulConfig) -> _Extras:
     return _Extras(kind in ("original", "quantized"), scaled, kind in ("original", "rescale"))
 
 
-def _rescaled(config: MatmulConfig, tile: Tile) -> bool:
-    """Whether operands are scaled by powers of two, and the sums by the rest of their group's
-    scale."""
-    group = group_of(config)
-    return (
-        tile.rescale
-        and group != 0
-        and group % tile.body_k == 0
-        and _extras(config).scaled
-        and config.format.scale_encoding is None
-        and not isinstance(config.format.decoder, Table)
-        and not (config.with_zeros and config.zeros_mode == "rescale")
-    )
-
-
 def _decoder(config: MatmulConfig) -> OperandDecoder:
     extras = _extras(config)
     decoder = operand_decoder(
@@ -160,8 +137,6 @@ def shared_tiles(config: MatmulConfig, m: int, tile: Tile) -> int:
     or too many parts of a tile."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
-    if tile.pair:
-        return tiles_n * tiles_m
     shared = tiles_n * tiles_m % blocks if tile.share else 0
     few = shared * bodies >= blocks and parts(shared, bodies, blocks) <= MOST_PARTS
     return shared if few else 0
@@ -174,8 +149,6 @@ def _bodies(config: MatmulConfig, tile: Tile) -> int:
 def _blocks(config: MatmulConfig, m: int, tile: Tile) -> int:
     """Those that have something to do."""
     tiles_n, tiles_m = tiles_of(config, m, tile)
-    if tile.pair:
-        return 2 * tiles_n * tiles_m
     each = _bodies(config, tile) if tile.share else 1
     return min(tile.blocks, tiles_n * tiles_m * each)
 
@@ -195,7 +168,7 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
     group, extras = group_of(config), _extras(config)
     if group:
-        kinds = extras.based + extras.scaled + extras.added + _rescaled(config, tile)
+        kinds = extras.based + extras.scaled + extras.added
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * config.torch_out_dtype.itemsize
     return tile.stages * (stage + 16) + out + 1024
@@ -251,10 +224,7 @@ def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
         return []  # fuller multiprocessors take longer than the parts would save
     if tiles <= blocks // 2:  # as many blocks for each tile, not so many that the sum takes long
         counts = {min(blocks // tiles, most) for most in (4, 8, 16)}
-        found = [replace(tile, blocks=count * tiles) for count in sorted(counts)] + [tile]
-        if tile.per_sm == 1 and _bodies(config, tile) > 1:
-            found.append(replace(tile, blocks=2 * tiles, pair=True))
-        return found
+        return [replace(tile, blocks=count * tiles) for count in sorted(counts)] + [tile]
     return [alone, tile] if tiles % blocks else [alone]
 
 
@@ -404,7 +374,6 @@ class Constants(ConstantsBase):
     MINUS: bool
     SCALED: bool
     ADDED: bool
-    RESCALED: bool
     GROUP: int
     ALIGNED: bool
     BLOCK_M: int
@@ -436,12 +405,22 @@ class Constants(ConstantsBase):
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # stages that share the extras that the first of them has in the ring
+    EVERY = known(lambda c: _stages_of_group(c))
     # stages whose scales of a row are read at once, and the groups that they are of
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
-    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED + c.RESCALED) * (1 if c.GROUP else 0))
+    EXTRAS = known(lambda c: (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0))
+
+
+def _stages_of_group(c: Any) -> int:
+    """Stages of a group, where a body holds whole groups and the ring begins with one; else 1."""
+    group, stage_k, unroll = (x.value for x in (c.GROUP, c.STAGE_K, c.UNROLL))
+    stages = max(1, group // stage_k)
+    whole = group and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
+    return stages if whole else 1
 
 
 def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
@@ -474,7 +453,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         MINUS=extras.based,
         SCALED=extras.scaled,
         ADDED=extras.added,
-        RESCALED=_rescaled(config, tile),
         GROUP=group,
         ALIGNED=False,
         BLOCK_M=tile.block_m,

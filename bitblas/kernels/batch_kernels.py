@@ -330,19 +330,8 @@ def nearest(x):
 
 
 @gluon.jit
-def halves_of(scale):
-    """A scale's power of two and the rest, 1 to 2: their product is the scale."""
-    bits = scale.to(gl.int32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    power = gl.where(finite, bits & -0x800000, bits)
-    rest = gl.where(finite, bits & 0x7FFFFF, 0) | 0x3F800000
-    return power.to(gl.float32, bitcast=True), rest
-
-
-@gluon.jit
 def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
     """(minus, scale, addend) of the decoder, shaped as what load_extras returns; those it takes.
-    With P.RESCALED the scale is its power of two, and the bits of the rest come last.
 
     A zero point's integer part is subtracted from the code, exactly, and the rest of it, scaled,
     from the product: so zero points that are integers cost no precision.
@@ -350,11 +339,8 @@ def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.cons
     minus = gl.zeros(scale.shape, gl.int32, L)
     addend = minus
     factor = minus
-    rest = minus
     if P.SCALED:
         scale = decode_scale(scale, P.SCALE_KIND)
-        if P.RESCALED:
-            scale, rest = halves_of(scale)
         factor = twice(scale, DTYPE)
     zero = zero.to(gl.float32)
     integer = zero
@@ -370,7 +356,7 @@ def decoder_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.cons
         r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
         r3 = r3.expand_dims(0).expand_dims(1).expand_dims(3)
         minus = twice(-(gl.where(r3 == 0, P.BASE[0], P.BASE[1]) + integer), DTYPE)
-    return minus, factor, addend, rest
+    return minus, factor, addend
 
 
 @gluon.jit
@@ -417,13 +403,13 @@ def prepare(operands, P: gl.constexpr):
                 SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
             )  # fmt: skip
             keep_loads_here()
-            for i in gl.static_range(RUN):
+            for i in gl.static_range(0, RUN, P.EVERY):
                 if (run * RUN + i >= begin) & (run * RUN + i < stop):
-                    minus, factor, addend, rest = decoder_extras(
+                    minus, factor, addend = decoder_extras(
                         of_stage(scales, i, P, L), of_stage(zeros, i, P, L), a_smem.dtype, P, L
                     )  # fmt: skip
                     mbarrier.wait(empty.index(buffer), phase)
-                    slot = buffer * P.EXTRAS
+                    slot = buffer // P.EVERY * P.EXTRAS
                     if P.MINUS:
                         e_smem.index(slot).store(minus)
                         slot += 1
@@ -432,11 +418,8 @@ def prepare(operands, P: gl.constexpr):
                         slot += 1
                     if P.ADDED:
                         e_smem.index(slot).store(addend)
-                        slot += 1
-                    if P.RESCALED:
-                        e_smem.index(slot).store(rest)
                     mbarrier.arrive(ready.index(buffer))
-                    buffer += 1
+                    buffer += P.EVERY
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
@@ -455,15 +438,8 @@ def read_extras(e_smem, slot, WHO: gl.constexpr, FIRST: gl.constexpr, P: gl.cons
     if P.MINUS and P.SCALED:
         scale = share_of_extras(e_smem.index(slot + 1), WHO, FIRST, P)
     if P.ADDED:
-        addend = share_of_extras(e_smem.index(slot + P.MINUS + P.SCALED), WHO, FIRST, P)
+        addend = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), WHO, FIRST, P)
     return minus, scale, addend
-
-
-@gluon.jit
-def read_rest(e_smem, slot, acc, WHO: gl.constexpr, P: gl.constexpr):
-    """What sums are multiplied with that were made with a group's powers of two: [64 * BANDS, 1]."""
-    x = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), WHO, 0, P)
-    return of_rows(x.to(gl.float32, bitcast=True).reshape([64 * P.BANDS]), acc)
 
 
 @gluon.jit
@@ -729,12 +705,6 @@ def of_rows(x, acc):
 
 
 @gluon.jit
-def like_rows(x, acc):
-    """What of_rows made for another accumulator."""
-    return of_rows(x.reshape([x.shape[0]]), acc)
-
-
-@gluon.jit
 def finish_segment(
     OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, more_c_smem, acc, more,
     row, tile_m, from_start, to_end, nth, shared, bodies, M, N, WHO: gl.constexpr, P: gl.constexpr,
@@ -801,22 +771,14 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         if P.GROUP == 0:
             scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
-            minus, scale, addend, _ = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
+            minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
-        if P.RESCALED:
-            rest = gl.full([64 * P.BANDS, 1], 1.0, gl.float32, MMA)
         for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
                 if unit % P.STAGE_UNITS == 0:
                     mbarrier.wait(ready.index(buffer), phase)
-                if P.RESCALED and unit == 0:
-                    group_rest = read_rest(e_smem, buffer * P.EXTRAS, acc, WHO, P)
-                    acc = acc * (rest / group_rest)
-                    if P.MORE_M > 0:
-                        more = more * like_rows(rest / group_rest, more)
-                    rest = group_rest
                 if unit % P.TILE_UNITS == 0:
                     chunk = buffer * P.STAGE_CHUNKS
                     chunk += unit % P.STAGE_UNITS // P.TILE_UNITS * P.TILE_CHUNKS
@@ -825,9 +787,9 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     if P.EXTRA != 0:
                         extra = read_words(w_smem, chunk + P.MAIN_CHUNKS, WHO, 1, P.BANDS)
                 if P.EXTRAS > 0:
-                    if unit % P.STAGE_UNITS * P.UNIT_K % P.GROUP == 0:
+                    if unit % (P.EVERY * P.STAGE_UNITS) * P.UNIT_K % P.GROUP == 0:
                         minus, scale, addend = read_extras(
-                            e_smem, buffer * P.EXTRAS, WHO,
+                            e_smem, buffer // P.EVERY * P.EXTRAS, WHO,
                             unit % P.STAGE_UNITS * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
@@ -856,10 +818,6 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
-        if P.RESCALED:
-            acc = acc * rest
-            if P.MORE_M > 0:
-                more = more * like_rows(rest, more)
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
         finish_segment(
@@ -896,7 +854,7 @@ def batch_kernel(
     )  # fmt: skip
     e_smem = gl.allocate_shared_memory(
         gl.int32,
-        [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, 4 * P.BANDS * P.CONSUMERS, 2, 8],
+        [max(1, P.STAGES // P.EVERY * P.EXTRAS), P.STAGE_GROUPS, 4 * P.BANDS * P.CONSUMERS, 2, 8],
         gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
@@ -913,7 +871,7 @@ def batch_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
     if P.PAIRED:
         begin_pair(4 * P.PART)
