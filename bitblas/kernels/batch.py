@@ -55,6 +55,7 @@ class Tile(WgmmaTile):
     per_sm: int = 1
     kernel: str = "batch"
     pair: bool = False
+    preparing: int = 2
 
     def __post_init__(self) -> None:
         if self.consumers != 2:
@@ -389,6 +390,7 @@ class Constants(ConstantsBase):
     SWEEP: int
     SHARED: bool
     PAIRED: bool
+    PREPARING: int
     REGISTERS: int
     LOADING_REGISTERS: int
 
@@ -468,6 +470,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         SWEEP=SWEEP,
         SHARED=in_parts,
         PAIRED=tile.pair,
+        PREPARING=tile.preparing,
         **_registers(tile, group != 0),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

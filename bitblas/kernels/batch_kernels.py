@@ -106,12 +106,12 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.constexpr_function
-def preparing_layout(GROUPS, BANDS):
-    """The same shape, rows across two warps."""
-    registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+def preparing_layout(GROUPS, BANDS, WARPS):
+    """The same shape, rows across so many warps, 1 or 2."""
+    rows = [[0, 2 << i, 0, 0] for i in range(6) if 1 << i < 2 * BANDS]
+    warps, registers = rows[: WARPS - 1], powers(GROUPS, 4, 0) + rows[WARPS - 1 :]
     lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
-    shape = [GROUPS, 4 * BANDS, 2, 8]
-    return gl.DistributedLinearLayout(registers, lanes, [[0, 2, 0, 0]], [], shape)
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [GROUPS, 4 * BANDS, 2, 8])
 
 
 # --- who does what ---------------------------------------------------------------------------
@@ -382,8 +382,8 @@ def prepare(operands, P: gl.constexpr):
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
     GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
-    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, P.PREPARING)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS, P.PREPARING)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     if P.PAIRED:
         join_pair()
@@ -743,6 +743,18 @@ def finish_segment(
             store_results(OUT, MORE_MAP, more_c_smem, more, row, first_m, M, N)
 
 
+@gluon.constexpr_function
+def begins_stage(unit, half, STAGE_UNITS):
+    """Whether a step is the first of a stage behind a body's first."""
+    return unit > 0 and unit % STAGE_UNITS == 0 and half == 0
+
+
+@gluon.constexpr_function
+def is_between(unit, half, UNITS, HALVES):
+    """Whether a step is neither the first nor the last of a body."""
+    return 0 < unit * HALVES + half < UNITS * HALVES - 1
+
+
 @gluon.jit
 def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
@@ -801,14 +813,16 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
                         b = more_smem.index(step).permute((1, 0))
                         more = warpgroup_mma(a, b, more, is_async=True)
-                    if unit == UNITS - 1 and half == HALVES - 1:
-                        acc, more = wait_for_products(0, acc, more, P)
-                    elif unit + half > 0:
+                    if begins_stage(unit, half, P.STAGE_UNITS) or is_between(
+                        unit, half, UNITS, HALVES
+                    ):
                         acc, more = wait_for_products(EACH, acc, more, P)
-                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
+                    if begins_stage(unit, half, P.STAGE_UNITS):
                         # the words were read through another proxy than TMA writes by
                         fence_async_shared()
                         mbarrier.arrive(empty.index(previous))
+                    if unit == UNITS - 1 and half == HALVES - 1:
+                        acc, more = wait_for_products(0, acc, more, P)
                 if unit % P.STAGE_UNITS == P.STAGE_UNITS - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
@@ -915,7 +929,7 @@ def batch_kernel(
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (produce, (producing, P)), (prepare, (preparing, P)),
-        ], [4, 1, 2], [R, L, L])  # fmt: skip
+        ], [4, 1, P.PREPARING], [R, L, L])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
