@@ -36,7 +36,6 @@ _LEAST_ROWS = 32  # of A that a tile has
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
-PAIR_SHARED = 16  # bytes of a pair's barriers
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
 # blocks on a multiprocessor -> registers of each of a block's 384 threads
 _REGISTERS = {1: 168, 2: 80}
@@ -47,15 +46,12 @@ class Tile(WgmmaTile):
     """How a product is cut up; batch_kernels explains the terms.
 
     share: whether blocks share the tiles that are left when each has done the same number of whole
-    ones. per_sm: blocks for which a multiprocessor has room. pair: whether the two blocks of a
-    cluster have one tile, each half of K.
+    ones. per_sm: blocks for which a multiprocessor has room.
     """
 
     share: bool = True
     per_sm: int = 1
     kernel: str = "batch"
-    pair: bool = False
-    preparing: int = 2
 
     def __post_init__(self) -> None:
         if self.consumers != 2:
@@ -311,7 +307,7 @@ def launches(
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = shared_tiles(config, m, tile)
     whole = tiles_n * tiles_m - shared
-    in_parts = not tile.pair and shared > 0 and parts(shared, bodies, blocks) > 1
+    in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
     slots = (blocks, tile.consumers)
     first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
@@ -341,19 +337,7 @@ def launches(
     options: dict[str, Any] = {"maxnreg": _REGISTERS[tile.per_sm]}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
-    return [
-        Launch(
-            batch_kernels.batch_kernel,
-            (blocks,),
-            arguments,
-            constants,
-            4,
-            1,
-            options,
-            extra_shared=PAIR_SHARED if tile.pair else 0,
-            cluster=2 if tile.pair else 1,
-        )
-    ]
+    return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
 
 
 @dataclass(frozen=True)
@@ -389,8 +373,6 @@ class Constants(ConstantsBase):
     UNROLL: int
     SWEEP: int
     SHARED: bool
-    PAIRED: bool
-    PREPARING: int
     REGISTERS: int
     LOADING_REGISTERS: int
 
@@ -407,7 +389,9 @@ class Constants(ConstantsBase):
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
-    # stages that share the extras that the first of them has in the ring
+    # whether all stages of a body are waited for at its start
+    TOGETHER = known(lambda c: c.STAGES % c.UNROLL == 0)
+    # stages that share the extras that lie in the ring with the first of them
     EVERY = known(lambda c: _stages_of_group(c))
     # stages whose scales of a row are read at once, and the groups that they are of
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
@@ -418,7 +402,7 @@ class Constants(ConstantsBase):
 
 
 def _stages_of_group(c: Any) -> int:
-    """Stages of a group, where a body holds whole groups and the ring begins with one; else 1."""
+    """Stages of a group, where bodies and the ring hold whole groups; else 1."""
     group, stage_k, unroll = (x.value for x in (c.GROUP, c.STAGE_K, c.UNROLL))
     stages = max(1, group // stage_k)
     whole = group and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
@@ -469,8 +453,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        PAIRED=tile.pair,
-        PREPARING=tile.preparing,
         **_registers(tile, group != 0),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

@@ -43,16 +43,6 @@ from .device import (
     take,
     wait_for_previous_kernel,
 )
-from .pairs import (
-    begin_pair,
-    give_room,
-    join_pair,
-    received,
-    send,
-    wait_for_arrival,
-    wait_for_pair,
-    wait_for_room,
-)
 from .versions import (
     fence_async_shared,
     gl,
@@ -106,12 +96,12 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.constexpr_function
-def preparing_layout(GROUPS, BANDS, WARPS):
-    """The same shape, rows across so many warps, 1 or 2."""
-    rows = [[0, 2 << i, 0, 0] for i in range(6) if 1 << i < 2 * BANDS]
-    warps, registers = rows[: WARPS - 1], powers(GROUPS, 4, 0) + rows[WARPS - 1 :]
+def preparing_layout(GROUPS, BANDS):
+    """The same shape, rows across two warps."""
+    registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
     lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [GROUPS, 4 * BANDS, 2, 8])
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 2, 0, 0]], [], shape)
 
 
 # --- who does what ---------------------------------------------------------------------------
@@ -238,8 +228,6 @@ def produce(operands, P: gl.constexpr):
         P.STAGE_CHUNKS * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
     )  # fmt: skip
     shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies)
-    if P.PAIRED:
-        join_pair()
     tile, start, end = segment(0, whole, bodies, shared, first, last)
     tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
     early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
@@ -382,11 +370,9 @@ def prepare(operands, P: gl.constexpr):
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
     GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, P.PREPARING)
-    LR: gl.constexpr = preparing_layout(GROUPS, BANDS, P.PREPARING)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
-    if P.PAIRED:
-        join_pair()
     buffer = 0
     phase = 1
     for s in range(count):
@@ -668,27 +654,6 @@ def with_parts(x, pointer, STRIDE: gl.constexpr, first, last, PIECE: gl.constexp
 
 
 @gluon.jit
-def add_pair(acc, more, WHO: gl.constexpr, P: gl.constexpr):
-    """acc and more with the other block's part, in the block that has the WHO-th consumer's rows in
-    the end; from the other one they are sent there."""
-    rank = gl.program_id(0) % 2
-    thread_barrier()
-    wait_for_pair()
-    give_room(rank)
-    if rank == WHO:
-        wait_for_arrival()
-        acc = by_rows(received(by_threads(acc), 0), acc)
-        if P.MORE_M > 0:
-            more = by_rows(received(by_threads(more), 4 * acc.numel), more)
-    else:
-        wait_for_room()
-        send(by_threads(acc), rank, 0)
-        if P.MORE_M > 0:
-            send(by_threads(more), rank, 4 * acc.numel)
-    return acc, more, rank == WHO
-
-
-@gluon.jit
 def wait_for_products(UNDER_WAY: gl.constexpr, acc, more, P: gl.constexpr):
     """Until no more than so many matrix instructions are under way."""
     if P.MORE_M > 0:
@@ -726,8 +691,6 @@ def finish_segment(
             acc, more = add_parts(PARTS, FLAGS, acc, more, first, WHO, P)
         if not to_end:
             send_part(PARTS, FLAGS, acc, more, WHO, P)
-    if P.PAIRED:
-        acc, more, to_end = add_pair(acc, more, WHO, P)
     if to_end:
         if GLOBAL_SCALE is not None:
             factor = gl.load(GLOBAL_SCALE)
@@ -771,10 +734,9 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     EACH: gl.constexpr = 2 if P.MORE_M > 0 else 1
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.BODY_UNITS
+    UNROLL: gl.constexpr = P.UNROLL
     HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
-    if P.PAIRED:
-        join_pair()
     buffer = 0
     phase = 0
     for s in range(count):
@@ -789,7 +751,10 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
-                if unit % P.STAGE_UNITS == 0:
+                if P.TOGETHER and unit == 0:
+                    for i in gl.static_range(UNROLL):
+                        mbarrier.wait(ready.index(buffer + i), phase)
+                if not P.TOGETHER and unit % P.STAGE_UNITS == 0:
                     mbarrier.wait(ready.index(buffer), phase)
                 if unit % P.TILE_UNITS == 0:
                     chunk = buffer * P.STAGE_CHUNKS
@@ -887,8 +852,6 @@ def batch_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
-    if P.PAIRED:
-        begin_pair(4 * P.PART)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
@@ -913,23 +876,11 @@ def batch_kernel(
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
-    if P.PAIRED:
-        # every warp has to join, so there are no fewer than registers are set for
-        if P.EXTRAS > 0:
-            gl.warp_specialize([
-                (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
-                (produce, (producing, P)), (prepare, (preparing, P)), (join_pair, ()),
-            ], [4, 1, 2, 1], [R, L, L, L])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
-                (produce, (producing, P)), (join_pair, ()), (join_pair, ()),
-            ], [4, 1, 2, 1], [R, L, L, L])  # fmt: skip
-    elif P.EXTRAS > 0:
+    if P.EXTRAS > 0:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (produce, (producing, P)), (prepare, (preparing, P)),
-        ], [4, 1, P.PREPARING], [R, L, L])  # fmt: skip
+        ], [4, 1, 2], [R, L, L])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),

@@ -191,17 +191,15 @@ class Invocation:
         grid: Sequence[int],
         slots: int,
         maps: Mapping[int, TensorMap] | None = None,
-        cluster: int = 1,
     ) -> None:
         """slots: how many parameters the kernel takes, the scratch pointers among them. maps: the
-        slots that are descriptors; their values are the tensors' addresses. cluster: blocks of a
-        cluster, of a kernel that was not compiled to expect any."""
+        slots that are descriptors; their values are the tensors' addresses."""
         self._maps = tuple((maps or {}).items())
         binary = kernel.binary
         self.kernel = kernel
         x, y, z = (*grid, 1, 1)[:3]
         self._fixed = (x * binary.num_ctas, y, z, 32 * binary.num_warps, 1, 1, binary.shared)
-        attributes = _attributes(binary, cluster)
+        attributes = _attributes(binary)
         self._attributes = ctypes.create_string_buffer(attributes)
         self._count = len(attributes) // _ATTRIBUTE.size
         self._address = ctypes.addressof(self._attributes) if self._count else 0
@@ -254,15 +252,13 @@ class Invocation:
             cuda().check(code)
 
 
-def _attributes(binary: Binary, cluster: int = 1) -> bytes:
+def _attributes(binary: Binary) -> bytes:
     """The array of CUlaunchAttribute for what the binary was compiled to expect."""
     found = b""
     if binary.pdl:
         found += _ATTRIBUTE.pack(_PDL, 1, 0, 0)
     if binary.cooperative:
         found += _ATTRIBUTE.pack(_COOPERATIVE, 1, 0, 0)
-    if cluster > 1:
-        found += _ATTRIBUTE.pack(_CLUSTER, cluster, 1, 1)
     if binary.num_ctas > 1:
         found += _ATTRIBUTE.pack(_CLUSTER, binary.num_ctas, 1, 1)
         found += _ATTRIBUTE.pack(_CLUSTER_POLICY, _SPREAD, 0, 0)

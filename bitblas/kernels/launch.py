@@ -59,8 +59,7 @@ class Launch:
     function: a @triton.jit or @gluon.jit function. arguments: the parameters that are no constexpr
     (None becomes one). options: further compile options, such as {"maxnreg": 128} and
     {"launch_pdl": True}. extra_shared: bytes of shared memory behind what the compiler knows of,
-    which the kernel finds at the end of its dynamic shared memory. cluster: blocks, one after the
-    other in the grid, that run at the same time and reach each other's shared memory.
+    which the kernel finds at the end of its dynamic shared memory.
     """
 
     function: Any
@@ -71,4 +70,3 @@ class Launch:
     num_stages: int
     options: dict[str, Any] = field(default_factory=dict)
     extra_shared: int = 0
-    cluster: int = 1

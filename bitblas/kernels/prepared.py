@@ -84,7 +84,7 @@ class Prepared:
                 elif kind != "constexpr":
                     slots.append(place(value))
             slots += map(place, pointers)
-            invocation = driver.Invocation(kernel, step.grid, len(slots), maps, step.cluster)
+            invocation = driver.Invocation(kernel, step.grid, len(slots), maps)
             self._steps.append((invocation, itemgetter(*slots)))
 
     def run(self, addresses: list[int], settled: bool = False) -> None:
