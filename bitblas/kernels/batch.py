@@ -185,7 +185,7 @@ def candidates(config: MatmulConfig, m: int, gpu: GPU | None = None) -> list[Til
 # were the fastest for some shape on an H200
 _SHAPES = (
     *((32, 256, 1, 1), (32, 128, 1, 2), (64, 256, 1, 1), (64, 128, 1, 2), (96, 128, 1, 1)),
-    *((128, 128, 1, 1), (160, 64, 2, 1), (192, 64, 2, 1), (256, 64, 2, 1), (320, 64, 2, 1)),
+    *((128, 128, 1, 1), (160, 64, 2, 1), (192, 128, 1, 1), (256, 64, 2, 1), (320, 64, 2, 1)),
 )
 _MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large are not looked at
 
@@ -242,6 +242,8 @@ def _fitting(
     while stage_k >= least:
         for stages in range(16, 2 if stage_k > least else 1, -1):
             unroll = max(1, body_k // stage_k)
+            if stages > 2 * unroll and stages % unroll:
+                continue  # a ring of whole bodies: see Constants.EVERY
             tile = Tile(block_m, 1, 2, stage_k, stages, unroll, blocks, per_sm=per_sm)
             if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
                 return tile
@@ -389,8 +391,6 @@ class Constants(ConstantsBase):
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
-    # whether all stages of a body are waited for at its start
-    TOGETHER = known(lambda c: c.STAGES % c.UNROLL == 0)
     # stages that share the extras that lie in the ring with the first of them
     EVERY = known(lambda c: _stages_of_group(c))
     # stages whose scales of a row are read at once, and the groups that they are of

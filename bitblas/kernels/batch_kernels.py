@@ -706,18 +706,6 @@ def finish_segment(
             store_results(OUT, MORE_MAP, more_c_smem, more, row, first_m, M, N)
 
 
-@gluon.constexpr_function
-def begins_stage(unit, half, STAGE_UNITS):
-    """Whether a step is the first of a stage behind a body's first."""
-    return unit > 0 and unit % STAGE_UNITS == 0 and half == 0
-
-
-@gluon.constexpr_function
-def is_between(unit, half, UNITS, HALVES):
-    """Whether a step is neither the first nor the last of a body."""
-    return 0 < unit * HALVES + half < UNITS * HALVES - 1
-
-
 @gluon.jit
 def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
@@ -734,7 +722,6 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     EACH: gl.constexpr = 2 if P.MORE_M > 0 else 1
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.BODY_UNITS
-    UNROLL: gl.constexpr = P.UNROLL
     HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies)
     buffer = 0
@@ -751,10 +738,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         for _ in range(start, end):
             previous = buffer
             for unit in gl.static_range(UNITS):
-                if P.TOGETHER and unit == 0:
-                    for i in gl.static_range(UNROLL):
-                        mbarrier.wait(ready.index(buffer + i), phase)
-                if not P.TOGETHER and unit % P.STAGE_UNITS == 0:
+                if unit % P.STAGE_UNITS == 0:
                     mbarrier.wait(ready.index(buffer), phase)
                 if unit % P.TILE_UNITS == 0:
                     chunk = buffer * P.STAGE_CHUNKS
@@ -778,11 +762,9 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
                         b = more_smem.index(step).permute((1, 0))
                         more = warpgroup_mma(a, b, more, is_async=True)
-                    if begins_stage(unit, half, P.STAGE_UNITS) or is_between(
-                        unit, half, UNITS, HALVES
-                    ):
+                    if unit + half > 0:
                         acc, more = wait_for_products(EACH, acc, more, P)
-                    if begins_stage(unit, half, P.STAGE_UNITS):
+                    if unit > 0 and unit % P.STAGE_UNITS == 0 and half == 0:
                         # the words were read through another proxy than TMA writes by
                         fence_async_shared()
                         mbarrier.arrive(empty.index(previous))
