@@ -88,6 +88,25 @@ def test_instructions_for_a_uint4_weight():
     assert (totals[1] - totals[0]) / weights <= 1.25 * 2.6
 
 
+@pytest.mark.parametrize(
+    ("group", "stage_k", "stages", "unroll", "every"),
+    [
+        (128, 64, 4, 2, 2),
+        (128, 64, 6, 2, 2),
+        (256, 64, 4, 4, 4),
+        (128, 64, 3, 2, 1),  # the ring would begin in the middle of a group
+        (256, 64, 4, 2, 1),  # a body, too
+        (128, 128, 3, 1, 1),
+        (32, 64, 4, 2, 1),
+        (-1, 64, 4, 2, 1),
+    ],
+)
+def test_stages_that_share_a_groups_extras(group, stage_k, stages, unroll, every):
+    config = compat.make_config("float16", "uint4", "original", N=4096, K=4096, group_size=group)
+    tile = batch.Tile(128, 1, 2, stage_k, stages, unroll, 132)
+    assert batch._constants(config, tile, False).EVERY.value == every
+
+
 @pytest.mark.parametrize("m", [2, 9, 17, 33, 100, 256, 1000, 5000])
 def test_candidates_fit_and_are_all_different(m):
     for (a, w, zeros), (n, k), group in itertools.product(

@@ -219,7 +219,7 @@ _SHAPES = (
     *((8, 1024, 1, 1, 4, 4), (16, 1024, 1, 1, 4, 4), (32, 512, 1, 1, 4, 4), (64, 512, 1, 1, 4, 4)),
     *((32, 256, 1, 1, 2, 1), (32, 128, 1, 2, 2, 1), (64, 256, 1, 1, 2, 1), (64, 128, 1, 2, 2, 1)),
     *((64, 256, 1, 1, 4, 2), (96, 128, 1, 1, 2, 1), (128, 128, 1, 1, 2, 1), (160, 64, 2, 1, 2, 1)),
-    *((192, 64, 2, 1, 2, 1), (256, 64, 2, 1, 2, 1), (320, 64, 2, 1, 2, 1)),
+    *((192, 128, 1, 1, 2, 1), (256, 64, 2, 1, 2, 1), (320, 64, 2, 1, 2, 1)),
 )
 _MOST_IDLE = 1.35  # rows of A's tiles over A's, so that tiles much too large are not looked at
 
@@ -284,6 +284,8 @@ def _fitting(
     while stage_k >= least:
         for stages in range(16, 2 if stage_k > least else 1, -1):
             unroll = max(1, body_k // stage_k) if along_k == 1 else 1
+            if stages > 2 * unroll and stages % unroll:
+                continue  # a ring of whole bodies: see Constants.EVERY
             shape = (block_m, 1, consumers, stage_k, stages, unroll, blocks)
             tile = Tile(*shape, per_sm=per_sm, along_k=along_k)
             if block_m <= _RAW_ROWS and raw_decoder(config, tile) is None:
@@ -471,6 +473,8 @@ class Constants(ConstantsBase):
     WORDS = known(lambda c: c.UNIT_K * c.WIDTH // 64)  # of a lane, of a unit
     # groups of a stage, of a unit, and what decoders take of them by way of shared memory
     STAGE_GROUPS = known(lambda c: max(1, c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # stages that share the extras that lie in the ring with the first of them
+    EVERY = known(lambda c: _stages_of_group(c))
     # stages whose scales of a row are read at once, and the groups that they are of
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
@@ -492,6 +496,14 @@ def _box_chunks(chunks: int) -> int:
 def _registers_of_thread(tile: Tile) -> int:
     """Before warps are told apart: 4 warps for each consumer, 4 more for the others."""
     return 65536 // tile.per_sm // (128 * (tile.consumers + 1)) // 8 * 8
+
+
+def _stages_of_group(c: Any) -> int:
+    """Stages of a group, where bodies and the ring hold whole groups; else 1."""
+    group, stage_k, unroll = (x.value for x in (c.GROUP, c.STAGE_K, c.UNROLL))
+    stages = max(1, group // stage_k)
+    whole = group and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
+    return stages if whole else 1
 
 
 def _registers(tile: Tile, grouped: bool) -> dict[str, int]:

@@ -405,11 +405,11 @@ def prepare(operands, P: gl.constexpr):
                 SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
             )  # fmt: skip
             keep_loads_here()
-            for i in gl.static_range(RUN):
+            for i in gl.static_range(0, RUN, P.EVERY):
                 if (run * RUN + i >= begin) & (run * RUN + i < stop):
                     scale = of_stage(scales, i, P, L)
                     zero = of_stage(zeros, i, P, L)
-                    slot = buffer * P.EXTRAS
+                    slot = buffer // P.EVERY * P.EXTRAS
                     if P.RAW:
                         factor, offset = corrections(scale, zero, P, L)
                         mbarrier.wait(empty.index(buffer), phase)
@@ -428,7 +428,7 @@ def prepare(operands, P: gl.constexpr):
                     if P.ADDED:
                         e_smem.index(slot).store(addend)
                     mbarrier.arrive(ready.index(buffer))
-                    buffer += 1
+                    buffer += P.EVERY
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
@@ -930,9 +930,11 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         w_smem, buffer, (unit % OWN + KTH * OWN) // P.TILE_UNITS, ROW, P
                     )  # fmt: skip
                 if P.EXTRAS > 0 and not P.RAW:
-                    if unit % OWN == 0 or (unit % OWN + KTH * OWN) * P.UNIT_K % P.GROUP == 0:
+                    if unit % (P.EVERY * OWN) == 0 or (
+                        (unit % (P.EVERY * OWN) + KTH * OWN) * P.UNIT_K % P.GROUP == 0
+                    ):
                         minus, scale, addend = read_extras(
-                            e_smem, buffer * P.EXTRAS, ROW,
+                            e_smem, buffer // P.EVERY * P.EXTRAS, ROW,
                             (unit % OWN + KTH * OWN) * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
@@ -951,16 +953,14 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         a = gl.convert_layout(a, MORE_DOT, assert_trivial=True)
                         b = more_smem.index(step).permute((1, 0))
                         more = warpgroup_mma(a, b, more, is_async=True)
-                    if P.RAW:
-                        pass
-                    elif unit == UNITS - 1 and half == HALVES - 1:
-                        acc, more = wait_for_products(0, acc, more, P)
-                    elif unit + half > 0:
+                    if unit + half > 0 and not P.RAW:
                         acc, more = wait_for_products(EACH, acc, more, P)
                     if unit > 0 and unit % OWN == 0 and half == 0:
                         # the words were read through another proxy than TMA writes by
                         fence_async_shared()
                         mbarrier.arrive(empty.index(previous))
+                    if unit == UNITS - 1 and half == HALVES - 1 and not P.RAW:
+                        acc, more = wait_for_products(0, acc, more, P)
                 if unit % OWN == OWN - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
@@ -1010,7 +1010,7 @@ def batch_kernel(
     )  # fmt: skip
     e_smem = gl.allocate_shared_memory(
         gl.int32,
-        [max(1, P.STAGES * P.EXTRAS), P.STAGE_GROUPS, 4 * P.TILE_BANDS, 2, 8],
+        [max(1, P.STAGES // P.EVERY * P.EXTRAS), P.STAGE_GROUPS, 4 * P.TILE_BANDS, 2, 8],
         gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
     )  # fmt: skip
     c_smem = gl.allocate_shared_memory(
@@ -1043,7 +1043,7 @@ def batch_kernel(
             mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 else 1)
+        mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
         mbarrier.init(summed.index(i), count=1)
         mbarrier.init(empty.index(i), count=P.CONSUMERS)
     fence_async_shared()
