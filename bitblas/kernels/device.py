@@ -86,3 +86,21 @@ def packed_zeros(POINTER, n, group, N, mask, BITS: gl.constexpr):
         high = gl.load(pointer + 1, mask=mask & (byte + 1 < row_bytes), other=0)
         value = value | ((high.to(gl.int32) & 0xFF) << 8)
     return (value >> (bit % 8)) & ((1 << BITS) - 1)
+
+
+@gluon.constexpr_function
+def extras_layout(GROUPS, BANDS):
+    """[GROUPS, 4 * BANDS, 2 row halves, 8]: of groups, in a lane of four warps the rows of W that it
+    has in the row operand of wgmma, and in its accumulator."""
+    registers = [*powers(GROUPS, 4, 0), [0, 0, 1, 0]]
+    registers = registers + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+    lanes = [[0, 0, 0, 0], [0, 0, 0, 0], *powers(8, 4, 3)]
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, powers(4, 4, 1), [], shape)
+
+
+@gluon.jit
+def of_rows(x, acc):
+    """What W's rows have one of each, [64 * BANDS], for an accumulator."""
+    x = gl.convert_layout(x, gl.SliceLayout(1, acc.type.layout), assert_trivial=True)
+    return x.expand_dims(1)
