@@ -90,8 +90,8 @@ def packed_zeros(POINTER, n, group, N, mask, BITS: gl.constexpr):
 
 @gluon.constexpr_function
 def extras_layout(GROUPS, BANDS):
-    """[GROUPS, 4 * BANDS, 2 row halves, 8]: of groups, in a lane of four warps the rows of W that it
-    has in the row operand of wgmma, and in its accumulator."""
+    """[GROUPS, 4 * BANDS, 2 row halves, 8]: of groups; in a lane of four warps the rows of W that
+    it has in the row operand of wgmma and in its accumulator."""
     registers = [*powers(GROUPS, 4, 0), [0, 0, 1, 0]]
     registers = registers + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
     lanes = [[0, 0, 0, 0], [0, 0, 0, 0], *powers(8, 4, 3)]
