@@ -162,12 +162,29 @@ def _words_launch(
         function = codes_kernels.attend_codes
     elif tile.kernel == "rows":
         function = rows_kernels.attend_rows
-        shape = {"HALVES": tile.block_m // 32, "LATE": tile.block_m == 32}
+        shape = {"HALVES": tile.block_m // 32, "SLOTS": tile.num_stages}
+        for name in ("K", "V"):
+            arguments[name] = _codes_map(arguments[name], arguments["k_len"])
+        for name in ("K_TOKEN", "V_TOKEN"):
+            del constants[name]
     else:
         function = decode_kernels.attend_few
         shape |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
     options = {"maxnreg": tile.registers} if tile.registers else {}
     return Launch(function, grid, arguments, constants | shape, tile.num_warps, 1, options)
+
+
+def _codes_map(codes: torch.Tensor, tokens: int | Varying) -> Any:
+    """The map by which 64 tokens of a head are copied at a time; there are so many of them."""
+    from .versions import TensorDescriptor, gl
+
+    width = codes.shape[3]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=4)
+    strides = [s if n > 1 else width for n, s in zip(codes.shape, codes.stride())]
+    strides[3] = 1
+    found = TensorDescriptor(codes, list(codes.shape), strides, [1, 64, 1, width], layout)
+    found.shape[1] = tokens
+    return found
 
 
 def expand_launch(
@@ -289,11 +306,11 @@ def _tile_for_rows(
     """kinds: of K and V; heads: key heads of the whole batch."""
     # H200, 8 x 32768 keys of 8 heads. int4: 32 rows, three blocks on a multiprocessor, 224 us;
     # 64 rows, two, 293. Bytes spill with three blocks: 285 at 32 rows, 260 at 64 with two.
-    few = rows <= 32 and "int4" in kinds
-    block_m, resident, registers = (32, 3, 168) if few else (64, 2, 255)
+    block_m, resident, registers = 32 if rows <= 32 else 64, 3, 168
     blocks = -(-rows // block_m) * heads
     splits = _parts(resident * multiprocessors // blocks, k_len, 64)
-    return Tile(block_m, 64, 4, 1, splits, "rows", registers)
+    slots = 6 if set(kinds) == {"int4"} else 3
+    return Tile(block_m, 64, 4, slots, splits, "rows", registers)
 
 
 def _takes_words(operands: Operands, arch: int) -> bool:

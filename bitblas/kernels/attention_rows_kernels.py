@@ -36,12 +36,15 @@ from .versions import (
     fence_async_shared,
     gl,
     gluon,
+    mbarrier,
     reinterpret,
+    tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 KEYS = gl.constexpr(64)  # of a step
+SLACK = gl.constexpr(8.0)  # how much, as a power of two, scores exceed what weights are relative to
 
 
 # --- layouts ---------------------------------------------------------------------------------
@@ -56,8 +59,9 @@ def product_layout(COLUMNS):
 
 @gluon.constexpr_function
 def words_layout(PIECES):
-    """[64 keys, PIECES * 4 words], 16 bytes of a key in a thread."""
-    bases = [[0, 4 << i] for i in range(PIECES.bit_length() - 1)] + [[1 << i, 0] for i in range(6)]
+    """[64 keys, PIECES * 4 words], 16 bytes of a key in a thread, keys as key_of has them."""
+    bases = [[0, 4 << i] for i in range(PIECES.bit_length() - 1)]
+    bases = bases + [[key, 0] for key in (1, 4, 8, 2, 16, 32)]
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], *bases[7:]], bases[:5], bases[5:7], [], [64, PIECES * 4]
     )
@@ -111,15 +115,26 @@ PANELS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 
 
 @gluon.jit
-def load_tile_codes(pointer, left, TOKEN: gl.constexpr, WORDS: gl.constexpr):
-    """A step's words; zeros behind the keys that are left."""
-    L: gl.constexpr = words_layout(WORDS // 4)
-    key = key_of(gl.arange(0, 64, gl.SliceLayout(1, L))).expand_dims(1)
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, L)).expand_dims(0)
-    inside = (key < left) & (word >= 0)
-    return gl.load(
-        pointer + (key * TOKEN + word), mask=inside, other=0, eviction_policy="evict_first"
-    )
+def start_copy(CODES, ring, ready, slot, batch, key, head, needed, EACH: gl.constexpr):
+    """Has 64 keys copied into a slot of the ring, which is EACH of its tiles, if they are needed."""
+    barrier = ready.index(slot)
+    mbarrier.expect(barrier, CODES.block_type.nbytes, needed)
+    tma_load(CODES, [batch, key, head, 0], barrier, ring.index(slot * EACH), needed)
+
+
+@gluon.jit
+def read_codes(ring, slot, WORDS: gl.constexpr, EACH: gl.constexpr):
+    """A slot's words, [64, WORDS]."""
+    x = ring.index(slot * EACH).load(words_layout(WORDS // 4))
+    x = x.reshape([4, 4, 2, 2, WORDS]).permute((0, 2, 1, 3, 4))
+    return x.reshape([64, WORDS])
+
+
+@gluon.jit
+def next_slot(slot, phase, SLOTS: gl.constexpr):
+    slot += 1
+    around = slot == SLOTS
+    return gl.where(around, 0, slot), gl.where(around, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -322,7 +337,7 @@ def limited(scores, n, limits):
 
 @gluon.jit
 def weigh(
-    product, smem, rows, m, norm, zero_sums, first, all_see, K_KIND: gl.constexpr,
+    product, smem, flags, rows, m, norm, zero_sums, first, all_see, K_KIND: gl.constexpr,
     V_KIND: gl.constexpr,
 ):  # fmt: skip
     """(weights of a step's keys, zeros for a half without rows; what sums so far are to be
@@ -353,9 +368,12 @@ def weigh(
     tops = ()
     new_norm = ()
     new_zero_sums = ()
+    rising = shrink != 1.0
     for h in gl.static_range(HALVES):
-        top = gl.max(scores[h], axis=2).expand_dims(2)
-        top = gl.maximum(m[h], top * factors[h])
+        top = gl.max(scores[h], axis=2).expand_dims(2) * factors[h]
+        rises = top > m[h] + SLACK
+        rising = rising | rises
+        top = gl.where(rises, top, m[h])
         shift = gl.where(top == float("-inf"), 0.0, top)
         p = power_of_two(gl.fma(scores[h], factors[h], 0.0 - shift))
         alpha = power_of_two(m[h] - shift)
@@ -372,6 +390,7 @@ def weigh(
         tops = tops + (top,)
     if HALVES == 1:
         weights = weights + (gl.full([4, 8, 64], 0.0, gl.float16, L),)
+    flags.store(rising.to(gl.int32).reshape([32]))
     return weights, alphas, tops, new_norm, new_zero_sums
 
 
@@ -470,12 +489,11 @@ def store_rows(
 @gluon.jit
 def attend_rows(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
-    q_len, k_len, tiles, splits, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
+    q_len, k_len, tiles, splits, q_batch, q_token, q_head,
     ks_batch, ks_head, vs_batch, vs_head, o_split, o_batch, o_token, o_head,
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
-    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, HALVES: gl.constexpr,
-    LATE: gl.constexpr, PDL: gl.constexpr,
+    SPLIT: gl.constexpr, HALVES: gl.constexpr, SLOTS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """32 * HALVES rows of one key head against a part of its keys; see attend_few, whose arguments
     these are. LATE: values are loaded behind the weights, half a step ahead, for fewer registers.
@@ -489,20 +507,18 @@ def attend_rows(
     V_WORDS: gl.constexpr = DIM // 8 if V_KIND == "int4" else DIM // 4
     tile = tiles - 1 - gl.program_id(0)
     head = gl.program_id(1)
-    batch = (gl.program_id(2) // splits).to(gl.int64)
+    batch = gl.program_id(2) // splits
     split = gl.program_id(2) % splits
     length = k_len
     if LENGTHS is not None:
         length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
-    Q += batch * (q_batch * 8)
-    K = of_head(K, batch, head.to(gl.int64), k_batch, k_head, 4)
-    V = of_head(V, batch, head.to(gl.int64), v_batch, v_head, 4)
-    K_SCALE = of_head(K_SCALE, batch, head, ks_batch, ks_head, 2)
-    V_SCALE = of_head(V_SCALE, batch, head, vs_batch, vs_head, 2)
+    Q += batch.to(gl.int64) * (q_batch * 8)
+    K_SCALE = of_head(K_SCALE, batch.to(gl.int64), head, ks_batch, ks_head, 2)
+    V_SCALE = of_head(V_SCALE, batch.to(gl.int64), head, vs_batch, vs_head, 2)
     if K_KIND == "int4":
-        K_ZEROS = of_head(K_ZEROS, batch, head, ks_batch, ks_head, 2)
+        K_ZEROS = of_head(K_ZEROS, batch.to(gl.int64), head, ks_batch, ks_head, 2)
     if V_KIND == "int4":
-        V_ZEROS = of_head(V_ZEROS, batch, head, vs_batch, vs_head, 2)
+        V_ZEROS = of_head(V_ZEROS, batch.to(gl.int64), head, vs_batch, vs_head, 2)
 
     last = length  # one behind the last key that a row of this tile sees
     all_see = length
@@ -522,17 +538,36 @@ def attend_rows(
     k_smem = reinterpret(k_words, gl.float16, [64, DIM], TILE).permute((1, 0))
     v_smem = reinterpret(v_words, gl.float16, [64, DIM], TILE)
     prepared = allocate_numbers(K_KIND, V_KIND)
+    flags = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # a ring of codes: those of keys and of values of a step in turn, in slots for the wider
+    WIDEST: gl.constexpr = max(K_WORDS, V_WORDS)
+    K_EACH: gl.constexpr = WIDEST // K_WORDS
+    V_EACH: gl.constexpr = WIDEST // V_WORDS
+    WIDE: gl.constexpr = gl.NVMMASharedLayout(4 * WIDEST, 8, 4)
+    ring = gl.allocate_shared_memory(gl.int8, [SLOTS, 1, 64, 1, 4 * WIDEST], WIDE)
+    k_ring = reinterpret(ring, gl.int8, [SLOTS * K_EACH, 1, 64, 1, 4 * K_WORDS], K.layout)
+    v_ring = reinterpret(ring, gl.int8, [SLOTS * V_EACH, 1, 64, 1, 4 * V_WORDS], V.layout)
+    K_TILE: gl.constexpr = gl.NVMMASharedLayout(4 * K_WORDS, 32, 2)
+    V_TILE: gl.constexpr = gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
+    k_codes = reinterpret(ring, gl.int32, [SLOTS * K_EACH, 64, K_WORDS], K_TILE)
+    v_codes = reinterpret(ring, gl.int32, [SLOTS * V_EACH, 64, V_WORDS], V_TILE)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
 
+    for i in gl.static_range(SLOTS):
+        first = lo + i // 2 * KEYS
+        if i % 2 == 0:
+            start_copy(K, k_ring, ready, i, batch, first, head, first < hi, K_EACH)
+        else:
+            start_copy(V, v_ring, ready, i, batch, first, head, first < hi, V_EACH)
     left = hi - lo  # keys from here on
-    K += lo.to(gl.int64) * K_TOKEN
-    V += lo.to(gl.int64) * V_TOKEN
     pointers = (K_SCALE + lo // 2, V_SCALE + lo // 2)
     if K_KIND == "int4":
         pointers = pointers + (K_ZEROS + lo // 2,)
     if V_KIND == "int4":
         pointers = pointers + (V_ZEROS + lo // 2,)
-    keys = load_tile_codes(K, left, K_TOKEN, K_WORDS)
-    values = load_tile_codes(V, left, V_TOKEN, V_WORDS)
     first_numbers = load_numbers(pointers, 0, left)
     numbers = load_numbers(pointers, KEYS, left)
     keep_loads_here()
@@ -560,32 +595,46 @@ def attend_rows(
     rows = (totals, factors, limits)
     unit = gl.full([32], TINY, gl.float32, pairs_layout())
     unit = prepare(first_numbers, prepared, unit, left, K_KIND, V_KIND, BF16)
-    decode(keys, k_words, K_KIND, False, DIM)
-    keys = load_tile_codes(K + KEYS * K_TOKEN, left - KEYS, K_TOKEN, K_WORDS)
-    keep_loads_here()
+    slot = 0
+    phase = 0
+    mbarrier.wait(ready.index(0), 0, left > 0)
+    decode(read_codes(k_codes, 0, K_WORDS, K_EACH), k_words, K_KIND, False, DIM)
     for first in range(lo, hi, KEYS):
         left = hi - first - KEYS  # of the next step
-        K += KEYS * K_TOKEN
-        V += KEYS * V_TOKEN
         pointers = advanced(pointers, KEYS // 2)
         fence_async_shared()
         product = warpgroup_mma(q_smem, k_smem, zero_scores, use_acc=False, is_async=True)
-        decode(values, v_words, V_KIND, True, DIM)
-        if not LATE:
-            values = load_tile_codes(V, left, V_TOKEN, V_WORDS)
-            keep_loads_here()
+        # a slot is filled anew as soon as its codes are decoded
+        later = first + SLOTS // 2 * KEYS
+        if SLOTS % 2 == 0:
+            start_copy(K, k_ring, ready, slot, batch, later, head, later < hi, K_EACH)
+        else:
+            start_copy(V, v_ring, ready, slot, batch, later, head, later < hi, V_EACH)
+        slot, phase = next_slot(slot, phase, SLOTS)
+        mbarrier.wait(ready.index(slot), phase)
+        words = read_codes(v_codes, slot, V_WORDS, V_EACH)
+        if V_KIND == "e4m3":  # what lies behind the end may be no number
+            if left < 0:
+                key = key_of(gl.arange(0, 64, gl.SliceLayout(1, words.type.layout)))
+                words = gl.where(key.expand_dims(1) < left + KEYS, words, 0)
+        decode(words, v_words, V_KIND, True, DIM)
         product = warpgroup_mma_wait(0, deps=(product,))
         weights, alphas, m, norm, zero_sums = weigh(
-            product, prepared, rows, m, norm, zero_sums, first, all_see, K_KIND, V_KIND
+            product, prepared, flags, rows, m, norm, zero_sums, first, all_see, K_KIND, V_KIND
         )  # fmt: skip
-        sums = rescaled(sums, alphas, SUMS)
         fence_async_shared()
+        if gl.max(flags.load(pairs_layout()), 0) != 0:
+            sums = rescaled(sums, alphas, SUMS)
         sums = warpgroup_mma(of_halves(weights, WEIGHTS), v_smem, sums, is_async=True)
-        if LATE:
-            values = load_tile_codes(V, left, V_TOKEN, V_WORDS)
-            keep_loads_here()
-        decode(keys, k_words, K_KIND, False, DIM)
-        keys = load_tile_codes(K + KEYS * K_TOKEN, left - KEYS, K_TOKEN, K_WORDS)
+        later = first + (SLOTS + 1) // 2 * KEYS
+        if SLOTS % 2 == 0:
+            start_copy(V, v_ring, ready, slot, batch, later, head, later < hi, V_EACH)
+        else:
+            start_copy(K, k_ring, ready, slot, batch, later, head, later < hi, K_EACH)
+        slot, phase = next_slot(slot, phase, SLOTS)
+        if left > 0:
+            mbarrier.wait(ready.index(slot), phase)
+        decode(read_codes(k_codes, slot, K_WORDS, K_EACH), k_words, K_KIND, False, DIM)
         unit = prepare(numbers, prepared, unit, left, K_KIND, V_KIND, BF16)
         numbers = load_numbers(pointers, KEYS, left)
         keep_loads_here()
@@ -595,7 +644,7 @@ def attend_rows(
     norm = whole(norm, L)
     zero_sums = whole(zero_sums, L)
     found = halves_of(sums)
-    OUT += batch * o_batch
+    OUT += batch.to(gl.int64) * o_batch
     if SPLIT:
         OUT += split.to(gl.int64) * o_split
         LSE += (split * (gl.num_programs(2) // splits) + batch) * q_len * (KV_HEADS * GROUP)
