@@ -126,6 +126,9 @@ class Shared:
         assert axis == 0
         return Shared(self.data[start : start + length])
 
+    def index(self, i: Any) -> Shared:
+        return Shared(self.data[int(i)])
+
     def store(self, value: Tensor) -> None:
         self.data[...] = value.data
 
@@ -149,6 +152,50 @@ class Panels(Shared):
 
     def matrix(self) -> np.ndarray:
         return self.data
+
+
+def reinterpret(words: Shared, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+    if dtype == np.float16:
+        return Panels(words, shape)
+    return Shared(words.data.reshape(-1).view(dtype).reshape(shape))
+
+
+class Map:
+    """A TMA map."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self.box, self.layout = descriptor.block_shape, None
+        self.block_type = SimpleNamespace(nbytes=descriptor.base.element_size() * np.prod(self.box))
+        # raises where the shape does not fit the memory
+        self.data = descriptor.base.as_strided(descriptor.shape, descriptor.strides).numpy()
+
+
+class Barrier:
+    """mbarrier, for copies that are complete at once: it counts them."""
+
+    MBarrierLayout = SimpleNamespace
+
+    @staticmethod
+    def init(barrier: Shared, count: int) -> None:
+        barrier.data[:] = 0
+
+    @staticmethod
+    def expect(barrier: Shared, bytes: int, needed: Any) -> None:
+        barrier.data[:] += bool(needed)
+
+    @staticmethod
+    def wait(barrier: Shared, phase: Any, needed: Any = True) -> None:
+        count = int(barrier.data[0])
+        assert not needed or count > 0 and (count - 1) % 2 == int(phase), "would wait for ever"
+
+
+def tma_load(source: Map, where: Sequence[Any], barrier: Shared, to: Shared, needed: Any) -> None:
+    """Zeros beyond the edges."""
+    if needed:
+        starts = [int(i) for i in where]
+        found = source.data[tuple(slice(i, i + n) for i, n in zip(starts, source.box))]
+        to.data[...] = 0
+        to.data[tuple(slice(n) for n in found.shape)] = found
 
 
 # --- instructions ----------------------------------------------------------------------------
@@ -349,7 +396,7 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
     }  # fmt: skip
     return SimpleNamespace(
         **elementwise,
-        int32=np.int32, int64=np.int64, float32=np.float32, float16=np.float16,
+        int8=np.int8, int32=np.int32, int64=np.int64, float32=np.float32, float16=np.float16,
         constexpr=lambda x: x, pointer_type=lambda element: element, static_range=range,
         program_id=lambda axis: Tensor(np.int32(position[axis])),
         num_programs=lambda axis: Tensor(np.int32(grid[axis])),
@@ -367,8 +414,12 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
         DotOperandLayout=nothing, NVMMASharedLayout=nothing,
         max=lambda x, axis: Tensor(x.data.max(axis)),
         sum=lambda x, axis: Tensor(x.data.sum(axis)),
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(np.full(shape, np.nan, dtype)),
+        allocate_shared_memory=allocate_shared_memory,
     )  # fmt: skip
+
+
+def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+    return Shared(np.full(shape, np.nan if dtype in (np.float16, np.float32) else 77, dtype))
 
 
 def warpgroup_mma(a: Any, b: Any, c: Tensor, use_acc: bool = True, is_async: bool = True) -> Tensor:
@@ -403,6 +454,8 @@ def run(
                 element = torch.empty(0, dtype=value.dtype).numpy().dtype.type
             start = value.storage_offset() * value.element_size()
             value = Pointer(storage.numpy(), element, start)
+        elif hasattr(value, "block_shape"):
+            value = Map(value)
         elif isinstance(value, int) and not isinstance(value, bool) and name.islower():
             value = Tensor(np.int32(value))
         given[name] = value
@@ -411,7 +464,9 @@ def run(
             "gl": namespace(grid, position),
             "gluon": SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f),
             "range": span_of_tensors,
-            "reinterpret": lambda words, dtype, shape, layout: Panels(words, shape),
+            "reinterpret": reinterpret,
+            "mbarrier": Barrier,
+            "tma_load": tma_load,
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": lambda _, deps: deps[0],
             "fence_async_shared": lambda: None,

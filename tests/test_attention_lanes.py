@@ -140,7 +140,7 @@ def test_integer_codes_do_not_hide_what_is_no_number(spoilt):
     assert out[0, 0, 1].isnan().all() and out[0, 0, 2:].isfinite().all()
 
 
-ROWS = attention.Tile(32, 64, 4, 1, 2, "rows")
+ROWS = attention.Tile(32, 64, 4, 3, 2, "rows")
 
 
 @pytest.mark.parametrize("cache", CACHES[1:])

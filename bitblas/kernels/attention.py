@@ -165,8 +165,9 @@ def _words_launch(
         shape = {"HALVES": tile.block_m // 32, "SLOTS": tile.num_stages}
         for name in ("K", "V"):
             arguments[name] = _codes_map(arguments[name], arguments["k_len"])
-        for name in ("K_TOKEN", "V_TOKEN"):
-            del constants[name]
+            del constants[f"{name}_TOKEN"]
+            for stride in ("batch", "head"):
+                del arguments[f"{name.lower()}_{stride}"]
     else:
         function = decode_kernels.attend_few
         shape |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
