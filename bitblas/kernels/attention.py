@@ -163,6 +163,11 @@ def _words_launch(
     elif tile.kernel == "rows":
         function = rows_kernels.attend_rows
         shape = {"HALVES": tile.block_m // 32, "SLOTS": tile.num_stages}
+        if tile.block_n == 65:
+            from . import attention_turned_kernels as turned_kernels
+
+            function = turned_kernels.attend_rows
+            shape = {"ROWS": tile.block_m, "STAGES": tile.num_stages}
         for name in ("K", "V"):
             arguments[name] = _codes_map(arguments[name], arguments["k_len"])
             del constants[f"{name}_TOKEN"]
