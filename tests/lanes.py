@@ -123,8 +123,10 @@ class Shared:
         return Shared(self.data.transpose(order))
 
     def slice(self, start: int, length: int, axis: int) -> Shared:
-        assert axis == 0
-        return Shared(self.data[start : start + length])
+        return Shared(self.data[(slice(None),) * axis + (slice(start, start + length),)])
+
+    def matrix(self) -> np.ndarray:
+        return self.data
 
     def index(self, i: Any) -> Shared:
         return Shared(self.data[int(i)])
@@ -282,6 +284,52 @@ def from_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return register(values[..., :2]), register(values[..., 2:])
 
 
+def key_codes(values: Any) -> Any:
+    """Codes of pairs of words, along the last axis: each of the registers' two halves."""
+
+    def apply(x: Tensor) -> tuple[Tensor, ...]:
+        found = values(np.ascontiguousarray(x.data, np.int32))  # [..., 2 words, 4 or 2 registers]
+        return tuple(
+            Tensor(found[..., word, i, :].astype(np.float16)) for word in range(2) for i in range(2)
+        )
+
+    return apply
+
+
+def value_codes(values: Any, further: int) -> Any:
+    """Codes of a word, in a tensor each: all four, or the two that a selector among the further
+    operands says."""
+
+    def apply(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        found = values(np.ascontiguousarray(x.data, np.int32), *others[len(others) - further :])
+        if len(others) > further:
+            found = np.where(others[0].data[..., None] & 15 == 0, found[..., :2], found[..., 2:])
+        return tuple(
+            Tensor(found[..., i].astype(np.float16)) for i in range(found.shape[-1])
+        )
+
+    return apply
+
+
+def bytes_in_order(x: np.ndarray) -> np.ndarray:
+    return x[..., None].view(np.int8).astype(np.float32)
+
+
+def e4m3_in_order(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(x[..., None].view(np.int8)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def nibbles(x: np.ndarray, high: bool) -> np.ndarray:
+    """Registers of bytes 0, 2 and 1, 3."""
+    codes = x[..., None].view(np.uint8) & (0xF0 if high else 15)
+    return np.stack((codes[..., ::2], codes[..., 1::2]), -2) * 2.0**-24
+
+
+def centred_nibbles(x: np.ndarray, mask: Tensor, offset: Tensor) -> np.ndarray:
+    codes = x[..., None].view(np.uint8) & (mask.data[..., None] & 0xFF)
+    return codes.astype(np.float32) - (offset.data[..., None] & 0xFF)
+
+
 def movmatrix(x: Tensor) -> Tensor:
     matrix = np.ascontiguousarray(x.data)[..., None].view(np.int16).reshape(-1, 8, 8)
     turned = np.ascontiguousarray(matrix.transpose(0, 2, 1)).reshape(-1, 32, 2)
@@ -309,7 +357,19 @@ def load_words(count: int, pointer: Pointer, inside: Tensor) -> Any:
     return found[0] if count == 1 else found
 
 
+def register_pairs(values: Any) -> Any:
+    """Four numbers of a word -> [2 registers, 2]."""
+    return lambda x: values(x).reshape(*x.shape, 2, 2)
+
+
 INSTRUCTIONS = {  # the first whose name occurs in the text
+    "c, 0x64806480; xor.b32 u, $4": key_codes(register_pairs(bytes_in_order)),
+    "{ .reg .b16 l, h; mov.b32 {l, h}, $4": key_codes(register_pairs(e4m3_in_order)),
+    "shr.b32 u, $4, 8; and.b32 $0, $4, 0x000F000F": key_codes(lambda x: nibbles(x, False)),
+    "shr.b32 u, $4, 8; and.b32 $0, $4, 0x00F000F0": key_codes(lambda x: nibbles(x, True)),
+    "{ .reg .b32 u, c, x; ": value_codes(bytes_in_order, 0),
+    "{ .reg .b16 l, h; .reg .b32 x; ": value_codes(e4m3_in_order, 0),
+    "{ .reg .b32 x, y; ": value_codes(centred_nibbles, 2),
     "mma.sync.aligned.m16n8k32.row.col.s32.u8": lambda *x: integer_mma(True, *x),
     "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": lambda *x: mma(True, *x),
@@ -467,6 +527,7 @@ def run(
             "reinterpret": reinterpret,
             "mbarrier": Barrier,
             "tma_load": tma_load,
+            "take": lambda x, index: Tensor(x.data[..., index]),
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": lambda _, deps: deps[0],
             "fence_async_shared": lambda: None,

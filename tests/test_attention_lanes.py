@@ -19,7 +19,7 @@ if versions.why_no_gluon() is not None:
     pytest.skip(f"no Gluon: {versions.why_no_gluon()}", allow_module_level=True)
 
 FOLDER = Path(attention.__file__).parent
-MODULES = [FOLDER / f"attention_{name}_kernels.py" for name in ("decode", "codes", "rows")]
+MODULES = [FOLDER / f"attention_{name}_kernels.py" for name in ("decode", "codes", "turned")]
 INTEGERS = [("int8", "int8"), ("int4", "int4"), ("int4", "int8"), ("int8", "int4")]
 
 
@@ -140,7 +140,7 @@ def test_integer_codes_do_not_hide_what_is_no_number(spoilt):
     assert out[0, 0, 1].isnan().all() and out[0, 0, 2:].isfinite().all()
 
 
-ROWS = attention.Tile(32, 64, 4, 3, 2, "rows")
+ROWS = attention.Tile(32, 65, 4, 3, 2, "rows")
 
 
 @pytest.mark.parametrize("cache", CACHES[1:])

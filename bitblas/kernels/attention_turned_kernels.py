@@ -44,7 +44,6 @@ from .versions import (
 KEYS = gl.constexpr(64)  # of a step
 SLACK = gl.constexpr(8.0)  # weights are at most 2^8
 SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
-NONE = gl.constexpr(3e38)  # less the maximum of no keys
 
 
 # --- layouts ---------------------------------------------------------------------------------
@@ -68,16 +67,24 @@ def key_words_layout(WORDS):
 
 
 @gluon.constexpr_function
-def value_words_layout(KIND):
-    """[64 keys, 2, words]: a word of a thread's keys. The words of int4 are for two warps, of which
-    one takes low nibbles and the other high ones; else there is no other [0, 1]."""
-    registers = [[1, 0, 0], [8, 0, 0], [16, 0, 0], [32, 0, 0]]
-    lanes = [[2, 0, 0], [4, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
-    if KIND == "int4":
-        return gl.DistributedLinearLayout(
-            registers, lanes, [[0, 0, 8], [0, 1, 0]], [], [64, 2, 16]
-        )
-    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 8], [0, 0, 16]], [], [64, 1, 32])
+def value_words_layout(KIND, DIM):
+    """[64 keys, threads that share a word, words]: a word of a thread's keys, whose warp and g are
+    what the dims are in the order of. Of dim 64 two threads share a word, one takes the first bytes
+    and one the last; of int4 two warps, of which one takes low nibbles and one high ones."""
+    lanes = [[2, 0, 0], [4, 0, 0]]
+    others = []  # of g and the warp
+    share, word = 1, 1
+    for bit in range(5):
+        if bit == 0 and DIM == 64 or bit == 4 and KIND == "int4":
+            others.append([0, share, 0])
+            share *= 2
+        else:
+            others.append([0, 0, word])
+            word *= 2
+    return gl.DistributedLinearLayout(
+        [[1, 0, 0], [8, 0, 0], [16, 0, 0], [32, 0, 0]], lanes + others[:3], others[3:], [],
+        [64, share, word],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -131,24 +138,41 @@ def key_asm(KIND, high):
 
 
 @gluon.constexpr_function
-def value_asm(KIND):
-    """Codes of two keys' words, side by side. Sums over many keys need codes that are centred."""
-    if KIND == "int8":
-        text = "{ .reg .b32 u, c, x, y; mov.b32 c, 0x64806480; "
-        text += "prmt.b32 x, $4, $5, 0x5140; prmt.b32 y, $4, $5, 0x7362; "
-        return text + from_bytes(0, "x") + from_bytes(2, "y") + "}"
-    if KIND == "e4m3":
-        text = "{ .reg .b16 l, h; .reg .b32 x, y; "
-        text += "prmt.b32 x, $4, $5, 0x5140; prmt.b32 y, $4, $5, 0x7362; "
-        return text + from_e4m3(0, "x") + from_e4m3(2, "y") + "}"
-    text = "{ .reg .b32 x, y; "
-    for o, selector in ((0, "0x5410"), (2, "0x7632")):
-        text += (
-            f"prmt.b32 x, $4, $5, {selector}; shr.b32 y, x, 8; "
-            f"lop3.b32 ${o}, x, $6, 0x64006400, 0xEA; lop3.b32 ${o + 1}, y, $6, 0x64006400, 0xEA; "
-            f"sub.f16x2 ${o}, ${o}, $8; sub.f16x2 ${o + 1}, ${o + 1}, $8; "
-        )
+def value_asm(KIND, dim):
+    """Codes of two keys' words, side by side, in dim / 32 registers; where two threads share a word,
+    of the bytes that the first of the further operands selects. Then for int4: the mask of nibbles,
+    and what is subtracted. Sums over many keys need codes that are centred."""
+    count = dim // 32
+    a = count  # the first word
+    further = a + 4 if dim == 64 else a + 2
+    selectors = [f"${a + 2}"] if dim == 64 else ["0x5140", "0x7362"]
+    if KIND == "int4" and dim == 128:
+        selectors = ["0x5410", "0x7632"]
+    text = {
+        "int8": "{ .reg .b32 u, c, x; mov.b32 c, 0x64806480; ",
+        "e4m3": "{ .reg .b16 l, h; .reg .b32 x; ",
+        "int4": "{ .reg .b32 x, y; ",
+    }[KIND]
+    for i, selector in enumerate(selectors):
+        o = 2 * i
+        text += f"prmt.b32 x, ${a}, ${a + 1}, {selector}; "
+        if KIND == "int8":
+            text += from_bytes(o, "x")
+        elif KIND == "e4m3":
+            text += from_e4m3(o, "x")
+        else:
+            text += "shr.b32 y, x, 8; "
+            for register, half in ((o, "x"), (o + 1, "y")):
+                text += (
+                    f"lop3.b32 ${register}, {half}, ${further}, 0x64006400, 0xEA; "
+                    f"sub.f16x2 ${register}, ${register}, ${further + 2}; "
+                )
     return text + "}"
+
+
+@gluon.constexpr_function
+def constraints(outputs, inputs):
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
 @gluon.jit
@@ -170,25 +194,33 @@ def key_operand(x, KIND: gl.constexpr, HIGH: gl.constexpr, OPERAND: gl.constexpr
 
 
 @gluon.jit
-def value_operand(x, KIND: gl.constexpr, OPERAND: gl.constexpr):
-    """[16 keys, 1 or 2, words] of lanes -> [128 dims, 16]."""
-    ASM: gl.constexpr = value_asm(KIND)
+def value_operand(x, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.constexpr):
+    """[16 keys, threads that share a word, words] of lanes -> [DIM, 16]."""
+    L: gl.constexpr = x.type.layout
+    NIBBLES: gl.constexpr = 2 if KIND == "int4" else 1
+    PAIRS: gl.constexpr = 128 // DIM
+    OUTPUTS: gl.constexpr = DIM // 32
+    share = gl.arange(0, x.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    share = share.expand_dims(0).expand_dims(2)
+    operands = [x]
+    if DIM == 64:
+        FIRST: gl.constexpr = 0x5410 if KIND == "int4" else 0x5140
+        LAST: gl.constexpr = 0x7632 if KIND == "int4" else 0x7362
+        operands = operands + [gl.broadcast(gl.where(share % 2 == 0, FIRST, LAST), x)[0]]
     if KIND == "int4":
-        L: gl.constexpr = x.type.layout
-        high = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, L))).expand_dims(0).expand_dims(2)
-        mask = gl.where(high == 0, 0x000F000F, 0x00F000F0)
-        offset = gl.where(high == 0, 0x64086408, 0x64806480)
-        o = gl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
-            [x, gl.broadcast(mask, x)[0], gl.broadcast(offset, x)[0]],
-            dtype=(gl.float16,) * 4, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        o = gl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r,r", [x], dtype=(gl.float16,) * 4, is_pure=True, pack=2
-        )  # fmt: skip
-    y = join_four(o[0], o[1], o[2], o[3]).reshape([16, 4, 8, 2, 2]).permute((4, 1, 3, 2, 0))
-    return gl.convert_layout(y.reshape([128, 16]), OPERAND, assert_trivial=True)
+        high = share // PAIRS == 1
+        operands = operands + [gl.broadcast(gl.where(high, 0x00F000F0, 0x000F000F), x)[0]]
+        operands = operands + [gl.broadcast(gl.where(high, 0x64806480, 0x64086408), x)[0]]
+    o = gl.inline_asm_elementwise(
+        value_asm(KIND, DIM), constraints(OUTPUTS, 2 * len(operands)), operands,
+        dtype=(gl.float16,) * OUTPUTS, is_pure=True, pack=2,
+    )  # fmt: skip
+    y = gl.join(o[0], o[1])
+    if DIM == 128:
+        y = gl.join(y, gl.join(o[2], o[3]))
+    y = y.reshape([16, NIBBLES, PAIRS, x.shape[2], 2, OUTPUTS // 2]).permute((0, 1, 3, 2, 4, 5))
+    y = y.reshape([16, 4, 8, 2, OUTPUTS // 2]).permute((4, 1, 3, 2, 0))
+    return gl.convert_layout(y.reshape([DIM, 16]), OPERAND, assert_trivial=True)
 
 
 # --- pieces of a step ------------------------------------------------------------------------
@@ -204,17 +236,16 @@ def start_copies(K, V, k_ring, v_ring, ready, stage, batch, key, head, needed):
 
 
 @gluon.jit
-def read_values(codes, left, KIND: gl.constexpr):
-    """[64 keys, 1 or 2, words] of a stage."""
-    L: gl.constexpr = value_words_layout(KIND)
-    WARPS: gl.constexpr = 2 if KIND == "int4" else 1  # that share words
+def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr):
+    """[64 keys, threads that share a word, words] of a stage."""
+    L: gl.constexpr = value_words_layout(KIND, DIM)
     words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
     if KIND == "e4m3":  # what lies behind the end may be no number
         if left < KEYS:
             n = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, L)))
             words = gl.where(n.expand_dims(1).expand_dims(2) < left, words, 0)
-    shape = gl.full([64, WARPS, words.shape[2]], 0, gl.int32, L)
-    return gl.broadcast(words, shape)[0]
+    all = gl.full([64, 32 // words.shape[2], words.shape[2]], 0, gl.int32, L)
+    return gl.broadcast(words, all)[0]
 
 
 @gluon.jit
@@ -236,11 +267,11 @@ def multiply_keys(words, q_smem, product, KIND: gl.constexpr, DIM: gl.constexpr)
 
 
 @gluon.jit
-def add_values(words, p_smem, sums, KIND: gl.constexpr):
+def add_values(words, p_smem, sums, KIND: gl.constexpr, DIM: gl.constexpr):
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, sums.type.layout, 2)
     x = words.reshape([4, 16, words.shape[1], words.shape[2]]).permute((1, 2, 3, 0))
     for i in gl.static_range(4):
-        a = value_operand(take(x, i), KIND, OPERAND)
+        a = value_operand(take(x, i), KIND, DIM, OPERAND)
         sums = warpgroup_mma(a, p_smem.slice(16 * i, 16, 0), sums, is_async=True)
         if i > 0:
             sums = warpgroup_mma_wait(1, deps=(sums,))
@@ -406,7 +437,7 @@ def attend_rows(
     zero = gl.zeros([64, ROWS], gl.float32, L)
     norm = gl.sum(of_thread(zero), axis=1)
     zero_sums = norm
-    shift = gl.full([ROWS], NONE, gl.float32, COLUMNS)  # less the maximum
+    shift = gl.zeros([ROWS], gl.float32, COLUMNS)  # less the maximum
     unit = gl.to_tensor(TINY)
     inverse = 1.0 / unit
     stage = 0
@@ -435,12 +466,14 @@ def attend_rows(
         start_copies(
             K, V, k_ring, v_ring, ready, before, batch, later, head, (first > lo) & (later < hi)
         )
-        if some != 0:
-            seen_scores = gl.where(arg == float("-inf"), arg, scores * key_scales)
-            below = gl.minimum(shift, 0.0 - gl.max(seen_scores, axis=0))
+        if (some != 0) | (first == lo):
+            top = gl.max(arg, axis=0)  # of keys that are seen; none may be
+            rise = gl.where(first == lo, top, gl.maximum(top, 0.0))
+            rise = gl.where(top == float("-inf"), 0.0, rise)
+            shift -= rise
+            arg -= rise.expand_dims(0)
             largest = gl.maximum(gl.max(gl.abs(scales), axis=0), unit)
-            alpha = power_of_two(below - shift)
-            shift = below
+            alpha = power_of_two(0.0 - gl.maximum(rise, 0.0))  # below, the first time: of zeros
             norm = norm * of_columns(alpha, norm)
             alpha = alpha * (unit / largest)
             if V_KIND == "int4":
@@ -448,7 +481,6 @@ def attend_rows(
             sums = sums * alpha.expand_dims(0)
             unit = largest
             inverse = 1.0 / unit
-            arg = seen_scores + shift.expand_dims(0)
         weights = power_of_two(arg)
         norm += gl.sum(of_thread(weights), axis=1)
         weights = weights * (scales * inverse).expand_dims(1)
@@ -460,8 +492,8 @@ def attend_rows(
         left = hi - first - KEYS
         numbers = load_numbers(pointers, first + KEYS, left, L)
         keep_loads_here()
-        words = read_values(v_codes.index(stage), left + KEYS, V_KIND)
-        sums = add_values(words, p_smem, sums, V_KIND)
+        words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM)
+        sums = add_values(words, p_smem, sums, V_KIND, DIM)
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -480,7 +512,7 @@ def attend_rows(
     OUT += wide_batch * o_batch
     if SPLIT:
         OUT += split.to(gl.int64) * o_split
-    x = sums.reshape([2, 4, 2, 8, ROWS]).permute((4, 1, 3, 0, 2)).reshape([ROWS, DIM])
+    x = sums.reshape([DIM // 64, 4, 2, 8, ROWS]).permute((4, 1, 3, 0, 2)).reshape([ROWS, DIM])
     X: gl.constexpr = x.type.layout
     r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, X)).expand_dims(1)
     d = gl.arange(0, DIM, gl.SliceLayout(0, X)).expand_dims(0)
