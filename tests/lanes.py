@@ -325,9 +325,11 @@ def nibbles(x: np.ndarray, high: bool) -> np.ndarray:
     return np.stack((codes[..., ::2], codes[..., 1::2]), -2) * 2.0**-24
 
 
-def centred_nibbles(x: np.ndarray, mask: Tensor, offset: Tensor) -> np.ndarray:
-    codes = x[..., None].view(np.uint8) & (mask.data[..., None] & 0xFF)
-    return codes.astype(np.float32) - (offset.data[..., None] & 0xFF)
+def centred_nibbles(x: np.ndarray, mask: Tensor, factor: Tensor, zeros: Tensor) -> np.ndarray:
+    """Keys are the first dimension; zeros: of both of a pair for each."""
+    codes = (x[..., None].view(np.uint8) & (mask.data[..., None] & 0xFF)) * 2.0**-24
+    zero = halves(zeros)[np.arange(len(x)), ..., np.arange(len(x)) % 2]
+    return (codes * halves(factor)[..., :1] + zero[..., None]).astype(np.float32)
 
 
 def movmatrix(x: Tensor) -> Tensor:
@@ -369,7 +371,7 @@ INSTRUCTIONS = {  # the first whose name occurs in the text
     "shr.b32 u, $4, 8; and.b32 $0, $4, 0x00F000F0": key_codes(lambda x: nibbles(x, True)),
     "{ .reg .b32 u, c, x; ": value_codes(bytes_in_order, 0),
     "{ .reg .b16 l, h; .reg .b32 x; ": value_codes(e4m3_in_order, 0),
-    "{ .reg .b32 x, y; ": value_codes(centred_nibbles, 2),
+    "{ .reg .b32 x, y; ": value_codes(centred_nibbles, 3),
     "mma.sync.aligned.m16n8k32.row.col.s32.u8": lambda *x: integer_mma(True, *x),
     "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": lambda *x: mma(True, *x),

@@ -140,8 +140,9 @@ def key_asm(KIND, high):
 @gluon.constexpr_function
 def value_asm(KIND, dim):
     """Codes of two keys' words, side by side, in dim / 32 registers; where two threads share a word,
-    of the bytes that the first of the further operands selects. Then for int4: the mask of nibbles,
-    and what is subtracted. Sums over many keys need codes that are centred."""
+    of the bytes that the first of the further operands selects. Then for int4, whose nibbles are
+    subnormal at first: their mask, a factor that makes them 2^-9 of the code, and the keys' zero
+    points, negative and as small. Sums over many keys need codes that are centred."""
     count = dim // 32
     a = count  # the first word
     further = a + 4 if dim == 64 else a + 2
@@ -162,11 +163,9 @@ def value_asm(KIND, dim):
             text += from_e4m3(o, "x")
         else:
             text += "shr.b32 y, x, 8; "
-            for register, half in ((o, "x"), (o + 1, "y")):
-                text += (
-                    f"lop3.b32 ${register}, {half}, ${further}, 0x64006400, 0xEA; "
-                    f"sub.f16x2 ${register}, ${register}, ${further + 2}; "
-                )
+            for r, half in ((f"${o}", "x"), (f"${o + 1}", "y")):
+                text += f"and.b32 {r}, {half}, ${further}; "
+                text += f"fma.rn.f16x2 {r}, {r}, ${further + 2}, ${further + 4}; "
     return text + "}"
 
 
@@ -194,8 +193,9 @@ def key_operand(x, KIND: gl.constexpr, HIGH: gl.constexpr, OPERAND: gl.constexpr
 
 
 @gluon.jit
-def value_operand(x, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.constexpr):
-    """[16 keys, threads that share a word, words] of lanes -> [DIM, 16]."""
+def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.constexpr):
+    """[16 keys, threads that share a word, words] of lanes -> [DIM, 16]. zeros: of int4, as many
+    registers for value_asm."""
     L: gl.constexpr = x.type.layout
     NIBBLES: gl.constexpr = 2 if KIND == "int4" else 1
     PAIRS: gl.constexpr = 128 // DIM
@@ -210,7 +210,8 @@ def value_operand(x, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.constexp
     if KIND == "int4":
         high = share // PAIRS == 1
         operands = operands + [gl.broadcast(gl.where(high, 0x00F000F0, 0x000F000F), x)[0]]
-        operands = operands + [gl.broadcast(gl.where(high, 0x64806480, 0x64086408), x)[0]]
+        operands = operands + [gl.broadcast(gl.where(high, 0x68006800, 0x78007800), x)[0]]
+        operands = operands + [zeros]
     o = gl.inline_asm_elementwise(
         value_asm(KIND, DIM), constraints(OUTPUTS, 2 * len(operands)), operands,
         dtype=(gl.float16,) * OUTPUTS, is_pure=True, pack=2,
@@ -248,10 +249,29 @@ def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr):
     return gl.broadcast(words, all)[0]
 
 
+@gluon.constexpr_function
+def pair_words_layout():
+    """[32]: numbers of pairs of keys, those of a thread's values."""
+    return gl.DistributedLinearLayout(
+        [[4], [8], [16]], [[1], [2], [0], [0], [0]], [[0], [0]], [], [32]
+    )
+
+
 @gluon.jit
-def multiply_keys(words, q_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
+def read_zeros(pairs, words):
+    """The zero points of a step's values as value_asm takes them, beside their words: both of a
+    pair of keys for each of the two."""
+    L: gl.constexpr = words.type.layout
+    x = pairs.load(pair_words_layout())
+    x = gl.join(x, x).reshape([64])
+    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(2, L)), assert_trivial=True)
+    return gl.broadcast(x.expand_dims(1).expand_dims(2), words)[0]
+
+
+@gluon.jit
+def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
     """Scores of a step before scaling, [64 keys, rows]. What is decoded next is decoded while the
-    products of the piece before are under way."""
+    products of the piece before are under way. Zero points are one more k, times sums of rows."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, product.type.layout, 2)
     PAIRS: gl.constexpr = words.shape[1] // 8
     EACH: gl.constexpr = 2 if KIND == "int4" else 1
@@ -263,15 +283,21 @@ def multiply_keys(words, q_smem, product, KIND: gl.constexpr, DIM: gl.constexpr)
         )
         if i > 0:
             product = warpgroup_mma_wait(1, deps=(product,))
+    if KIND == "int4":
+        z = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
+        z = gl.convert_layout(z, gl.SliceLayout(1, OPERAND), assert_trivial=True).expand_dims(1)
+        z = gl.broadcast(z, gl.full([64, 16], 0.0, gl.float16, OPERAND))[0]
+        product = warpgroup_mma(z, t_smem.permute((1, 0)), product, is_async=True)
     return warpgroup_mma_wait(0, deps=(product,))
 
 
 @gluon.jit
-def add_values(words, p_smem, sums, KIND: gl.constexpr, DIM: gl.constexpr):
+def add_values(words, zeros, p_smem, sums, KIND: gl.constexpr, DIM: gl.constexpr):
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, sums.type.layout, 2)
     x = words.reshape([4, 16, words.shape[1], words.shape[2]]).permute((1, 2, 3, 0))
+    z = zeros.reshape([4, 16, words.shape[1], words.shape[2]]).permute((1, 2, 3, 0))
     for i in gl.static_range(4):
-        a = value_operand(take(x, i), KIND, DIM, OPERAND)
+        a = value_operand(take(x, i), take(z, i), KIND, DIM, OPERAND)
         sums = warpgroup_mma(a, p_smem.slice(16 * i, 16, 0), sums, is_async=True)
         if i > 0:
             sums = warpgroup_mma_wait(1, deps=(sums,))
@@ -385,6 +411,16 @@ def attend_rows(
     v_codes = reinterpret(
         v_ring, gl.int32, [STAGES, 64, V_WORDS], gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
     )
+    t_smem = q_smem
+    if K_KIND == "int4":
+        t_smem = gl.allocate_shared_memory(
+            gl.float16, [ROWS, 16], gl.NVMMASharedLayout(32, 16, 2)
+        )
+    if V_KIND == "int4":
+        z_smem = gl.allocate_shared_memory(
+            gl.float16, [64], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
+        z_pairs = reinterpret(z_smem, gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     flags = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for i in gl.static_range(STAGES):
@@ -426,18 +462,25 @@ def attend_rows(
     back = SCALE / factor
     if K_KIND == "int4":
         back = back * 16777216.0
-        totals = gl.convert_layout(total * (1.0 / 16777216.0), COLUMNS).expand_dims(0)
-    limits_smem = gl.allocate_shared_memory(
-        gl.int32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+        # sums of rows as two float16, with which zero points are multiplied, 2^-14 as large
+        total = total * (1.0 / 1024.0)
+        large = total.to(gl.float16)
+        small = (total - large.to(gl.float32)).to(gl.float16)
+        column = gl.arange(0, 16, gl.SliceLayout(0, LOAD)).expand_dims(0)
+        none = gl.zeros([ROWS, 16], gl.float16, LOAD)
+        large = gl.where(column == 0, large.expand_dims(1), none)
+        t_smem.store(gl.where(column == 1, small.expand_dims(1), large))
+    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    limits_smem = gl.allocate_shared_memory(gl.int32, [ROWS], ONE)
+    # less the maximum that exponentials are relative to, for which there are no registers
+    shift_smem = gl.allocate_shared_memory(gl.float32, [ROWS], ONE)
     seen = length - q_len + 1 + r // GROUP if ROW_LIMITS else r * 0 + hi
     limits_smem.store(gl.minimum(seen, hi))
 
     sums = gl.zeros([DIM, ROWS], gl.float32, L)
     zero = gl.zeros([64, ROWS], gl.float32, L)
     norm = gl.sum(of_thread(zero), axis=1)
-    zero_sums = norm
-    shift = gl.zeros([ROWS], gl.float32, COLUMNS)  # less the maximum
+    shift_smem.store(gl.zeros([ROWS], gl.float32, COLUMNS))
     unit = gl.to_tensor(TINY)
     inverse = 1.0 / unit
     stage = 0
@@ -445,13 +488,12 @@ def attend_rows(
     for first in range(lo, hi, KEYS):
         mbarrier.wait(ready.index(stage), phase)
         words = k_codes.index(stage).load(key_words_layout(K_WORDS))
-        scores = multiply_keys(words, q_smem, zero, K_KIND, DIM)
+        LAST: gl.constexpr = len(numbers) - 1  # zero points of values, if there are any
+        key_zeros = numbers[2 if K_KIND == "int4" else 0]
+        scores = multiply_keys(words, key_zeros, q_smem, t_smem, zero, K_KIND, DIM)
         key_scales = (numbers[0].to(gl.float32) * back).expand_dims(1)
         scales = numbers[1].to(gl.float32)
-        if K_KIND == "int4":
-            key_zeros = (0.0 - numbers[2].to(gl.float32)).expand_dims(1)
-            scores = gl.fma(totals, key_zeros, scores)
-        arg = gl.fma(scores, key_scales, shift.expand_dims(0))
+        arg = gl.fma(scores, key_scales, shift_smem.load(COLUMNS).expand_dims(0))
         if first + KEYS > all_see:
             n = first + gl.arange(0, 64, OF_KEYS)
             limits = limits_smem.load(COLUMNS)
@@ -470,14 +512,12 @@ def attend_rows(
             top = gl.max(arg, axis=0)  # of keys that are seen; none may be
             rise = gl.where(first == lo, top, gl.maximum(top, 0.0))
             rise = gl.where(top == float("-inf"), 0.0, rise)
-            shift -= rise
+            shift_smem.store(shift_smem.load(COLUMNS) - rise)
             arg -= rise.expand_dims(0)
             largest = gl.maximum(gl.max(gl.abs(scales), axis=0), unit)
             alpha = power_of_two(0.0 - gl.maximum(rise, 0.0))  # below, the first time: of zeros
             norm = norm * of_columns(alpha, norm)
             alpha = alpha * (unit / largest)
-            if V_KIND == "int4":
-                zero_sums = zero_sums * of_columns(alpha, norm)
             sums = sums * alpha.expand_dims(0)
             unit = largest
             inverse = 1.0 / unit
@@ -485,15 +525,17 @@ def attend_rows(
         norm += gl.sum(of_thread(weights), axis=1)
         weights = weights * (scales * inverse).expand_dims(1)
         if V_KIND == "int4":
-            value_zeros = numbers[len(numbers) - 1].to(gl.float32) - 8.0
-            zero_sums += gl.sum(of_thread(weights * value_zeros.expand_dims(1)), axis=1)
+            z_smem.store((numbers[LAST].to(gl.float32) * (-1.0 / 512.0)).to(gl.float16))
         p_smem.store(weights.to(gl.float16))
         fence_async_shared()
         left = hi - first - KEYS
         numbers = load_numbers(pointers, first + KEYS, left, L)
         keep_loads_here()
         words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM)
-        sums = add_values(words, p_smem, sums, V_KIND, DIM)
+        value_zeros = words
+        if V_KIND == "int4":
+            value_zeros = read_zeros(z_pairs, words)
+        sums = add_values(words, value_zeros, p_smem, sums, V_KIND, DIM)
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -502,12 +544,7 @@ def attend_rows(
     # columns' sums over lanes and warps
     norm = gl.convert_layout(gl.sum(gl.sum(norm, axis=1), axis=0).reshape([ROWS]), COLUMNS)
     if V_KIND == "int4":
-        dims = gl.arange(0, DIM, OF_KEYS)
-        high = (dims // 16 % 4 >= 2).expand_dims(1)
-        taken = gl.convert_layout(
-            gl.sum(gl.sum(zero_sums, axis=1), axis=0).reshape([ROWS]), COLUMNS
-        )
-        sums = gl.where(high, sums * 0.0625, sums) - taken.expand_dims(0)
+        unit = unit * 512.0
     sums = sums * gl.where(norm > 0, unit / norm, 0.0).expand_dims(0)
     OUT += wide_batch * o_batch
     if SPLIT:
@@ -522,5 +559,5 @@ def attend_rows(
         LSE += (split * (gl.num_programs(2) // splits) + batch) * q_len * (KV_HEADS * GROUP)
         r = tile * ROWS + gl.arange(0, ROWS, COLUMNS)
         index = r // GROUP * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
-        lse = gl.where(norm > 0, log2(norm) - shift, float("-inf"))
+        lse = gl.where(norm > 0, log2(norm) - shift_smem.load(COLUMNS), float("-inf"))
         gl.store(LSE + index, lse, mask=r // GROUP < q_len)
