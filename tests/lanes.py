@@ -116,6 +116,10 @@ class Shared:
     def __init__(self, data: np.ndarray) -> None:
         self.data = data
 
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.reshape(shape))
 
@@ -364,6 +368,11 @@ def register_pairs(values: Any) -> Any:
     return lambda x: values(x).reshape(*x.shape, 2, 2)
 
 
+def powers(*_: Any) -> list[Any]:
+    """For layouts, of which there are none here."""
+    return []
+
+
 INSTRUCTIONS = {  # the first whose name occurs in the text
     "c, 0x64806480; xor.b32 u, $4": key_codes(register_pairs(bytes_in_order)),
     "{ .reg .b16 l, h; mov.b32 {l, h}, $4": key_codes(register_pairs(e4m3_in_order)),
@@ -529,6 +538,7 @@ def run(
             "reinterpret": reinterpret,
             "mbarrier": Barrier,
             "tma_load": tma_load,
+            "powers": powers,
             "take": lambda x, index: Tensor(x.data[..., index]),
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": lambda _, deps: deps[0],

@@ -146,10 +146,13 @@ ROWS = attention.Tile(32, 65, 4, 3, 2, "rows")
 @pytest.mark.parametrize("cache", CACHES[1:])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("block_m", [32, 64])
+@pytest.mark.parametrize("block_m", [32, 64, 128])
 def test_rows_of_a_tile(cache, dim, dtype, block_m):
     problem = draw(2, 5, 10, 2, 203, dim, dtype, caches=(cache, cache), lengths=[203, 77])
-    problem.check(run(problem, replace(ROWS, block_m=block_m)))
+    tile = replace(ROWS, block_m=block_m)
+    if block_m == 128 and dim == 128:
+        tile = replace(tile, block_n=128, num_warps=8)
+    problem.check(run(problem, tile))
 
 
 @pytest.mark.parametrize("cache", CACHES[1:])

@@ -163,13 +163,13 @@ def _words_launch(
     elif tile.kernel == "rows":
         function = rows_kernels.attend_rows
         shape = {"HALVES": tile.block_m // 32, "SLOTS": tile.num_stages}
-        if tile.block_n == 65:
+        if tile.block_n in (65, 128):
             from . import attention_turned_kernels as turned_kernels
 
             function = turned_kernels.attend_rows
-            shape = {"ROWS": tile.block_m, "STAGES": tile.num_stages}
+            shape = {"ROWS": tile.block_m, "STAGES": tile.num_stages, "WARPS": tile.num_warps}
         for name in ("K", "V"):
-            arguments[name] = _codes_map(arguments[name], arguments["k_len"])
+            arguments[name] = _codes_map(arguments[name], arguments["k_len"], 16 * tile.num_warps)
             del constants[f"{name}_TOKEN"]
             for stride in ("batch", "head"):
                 del arguments[f"{name.lower()}_{stride}"]
@@ -180,15 +180,15 @@ def _words_launch(
     return Launch(function, grid, arguments, constants | shape, tile.num_warps, 1, options)
 
 
-def _codes_map(codes: torch.Tensor, tokens: int | Varying) -> Any:
-    """The map by which 64 tokens of a head are copied at a time; there are so many of them."""
+def _codes_map(codes: torch.Tensor, tokens: int | Varying, count: int) -> Any:
+    """The map by which `count` tokens of a head are copied at a time; there are so many of them."""
     from .versions import TensorDescriptor, gl
 
     width = codes.shape[3]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=4)
     strides = [s if n > 1 else width for n, s in zip(codes.shape, codes.stride())]
     strides[3] = 1
-    found = TensorDescriptor(codes, list(codes.shape), strides, [1, 64, 1, width], layout)
+    found = TensorDescriptor(codes, list(codes.shape), strides, [1, count, 1, width], layout)
     found.shape[1] = tokens
     return found
 

@@ -29,7 +29,7 @@ of about the largest scale so far, else small scales would leave float16's range
 from __future__ import annotations
 
 from .attention_decode_kernels import TINY, log2, power_of_two
-from .device import keep_loads_here, let_next_kernel_start, take
+from .device import keep_loads_here, let_next_kernel_start, powers, take
 from .versions import (
     fence_async_shared,
     gl,
@@ -41,7 +41,6 @@ from .versions import (
     warpgroup_mma_wait,
 )
 
-KEYS = gl.constexpr(64)  # of a step
 SLACK = gl.constexpr(8.0)  # weights are at most 2^8
 SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
 
@@ -50,41 +49,45 @@ SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
 
 
 @gluon.constexpr_function
-def product_layout(COLUMNS):
+def product_layout(COLUMNS, WARPS):
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 16]
     )
 
 
 @gluon.constexpr_function
-def key_words_layout(WORDS):
-    """[64 keys, WORDS]: a quarter of a key's words in a thread, of keys g and g + 8 of a warp."""
+def key_words_layout(WORDS, WARPS):
+    """[16 * WARPS keys, WORDS]: a quarter of a key's words in a thread, of keys g and g + 8 of a warp."""
     own = WORDS // 4
     bits = own.bit_length() - 1
     registers = [[0, 1 << i] for i in range(bits)] + [[8, 0]]
     lanes = [[0, own], [0, 2 * own], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, WORDS])
+    warps = powers(WARPS, 2, 0)
+    warps = [[16 * key, word] for key, word in warps]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * WARPS, WORDS])
 
 
 @gluon.constexpr_function
-def value_words_layout(KIND, DIM):
-    """[64 keys, threads that share a word, words]: a word of a thread's keys, whose warp and g are
-    what the dims are in the order of. Of dim 64 two threads share a word, one takes the first bytes
-    and one the last; of int4 two warps, of which one takes low nibbles and one high ones."""
-    lanes = [[2, 0, 0], [4, 0, 0]]
+def value_words_layout(KIND, DIM, WARPS):
+    """[16 * WARPS keys, threads that share a word, words]: a word of a thread's keys, whose warp
+    and g are what the dims are in the order of. Where threads have two dims two share a word, one
+    takes the first bytes and one the last; of int4 two warps, one takes low nibbles, one high ones.
+    """
+    bits = 3 + WARPS.bit_length() - 1
     others = []  # of g and the warp
     share, word = 1, 1
-    for bit in range(5):
-        if bit == 0 and DIM == 64 or bit == 4 and KIND == "int4":
+    for bit in range(bits):
+        if bit == 0 and DIM == 16 * WARPS or bit == bits - 1 and KIND == "int4":
             others.append([0, share, 0])
             share *= 2
         else:
             others.append([0, 0, word])
             word *= 2
-    return gl.DistributedLinearLayout(
-        [[1, 0, 0], [8, 0, 0], [16, 0, 0], [32, 0, 0]], lanes + others[:3], others[3:], [],
-        [64, share, word],
-    )  # fmt: skip
+    registers = [[1, 0, 0], [8, 0, 0]]
+    registers = registers + [[16 * key, 0, 0] for key, _, _ in powers(WARPS, 3, 0)]
+    lanes = [[2, 0, 0], [4, 0, 0], *others[:3]]
+    shape = [16 * WARPS, share, word]
+    return gl.DistributedLinearLayout(registers, lanes, others[3:], [], shape)
 
 
 @gluon.jit
@@ -138,16 +141,16 @@ def key_asm(KIND, high):
 
 
 @gluon.constexpr_function
-def value_asm(KIND, dim):
-    """Codes of two keys' words, side by side, in dim / 32 registers; where two threads share a word,
-    of the bytes that the first of the further operands selects. Then for int4, whose nibbles are
-    subnormal at first: their mask, a factor that makes them 2^-9 of the code, and the keys' zero
-    points, negative and as small. Sums over many keys need codes that are centred."""
-    count = dim // 32
+def value_asm(KIND, count):
+    """Codes of two keys' words, side by side, in as many registers as a thread has dims; where two
+    threads share a word, of the bytes that the first of the further operands selects. Then for
+    int4, whose nibbles are subnormal at first: their mask, a factor that makes them 2^-9 of the
+    code, and the keys' zero points, negative and as small. Sums over many keys need codes that are
+    centred."""
     a = count  # the first word
-    further = a + 4 if dim == 64 else a + 2
-    selectors = [f"${a + 2}"] if dim == 64 else ["0x5140", "0x7362"]
-    if KIND == "int4" and dim == 128:
+    further = a + 4 if count == 2 else a + 2
+    selectors = [f"${a + 2}"] if count == 2 else ["0x5140", "0x7362"]
+    if KIND == "int4" and count == 4:
         selectors = ["0x5410", "0x7632"]
     text = {
         "int8": "{ .reg .b32 u, c, x; mov.b32 c, 0x64806480; ",
@@ -182,14 +185,14 @@ def join_four(a, b, c, d):
 
 @gluon.jit
 def key_operand(x, KIND: gl.constexpr, HIGH: gl.constexpr, OPERAND: gl.constexpr):
-    """[64, 4, 2] words of lanes -> [64, 32]."""
+    """[keys, 4, 2] words of lanes -> [keys, 32]."""
     ASM: gl.constexpr = key_asm(KIND, HIGH)
     o = gl.inline_asm_elementwise(
         ASM, "=&r,=&r,=&r,=&r,r,r", [x], dtype=(gl.float16,) * 4, is_pure=True, pack=2
     )
     # of a word: which register, which half of it; then which word
     y = join_four(o[0], o[1], o[2], o[3]).permute((0, 4, 3, 1, 2))
-    return gl.convert_layout(y.reshape([64, 32]), OPERAND, assert_trivial=True)
+    return gl.convert_layout(y.reshape([x.shape[0], 32]), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
@@ -197,13 +200,15 @@ def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.c
     """[16 keys, threads that share a word, words] of lanes -> [DIM, 16]. zeros: of int4, as many
     registers for value_asm."""
     L: gl.constexpr = x.type.layout
+    WORDS: gl.constexpr = x.shape[2]
     NIBBLES: gl.constexpr = 2 if KIND == "int4" else 1
-    PAIRS: gl.constexpr = 128 // DIM
-    OUTPUTS: gl.constexpr = DIM // 32
+    PAIRS: gl.constexpr = x.shape[1] // NIBBLES
+    THREADS: gl.constexpr = x.shape[1] * WORDS  # that have different dims
+    DIMS: gl.constexpr = DIM // THREADS
     share = gl.arange(0, x.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, L)))
     share = share.expand_dims(0).expand_dims(2)
     operands = [x]
-    if DIM == 64:
+    if PAIRS == 2:
         FIRST: gl.constexpr = 0x5410 if KIND == "int4" else 0x5140
         LAST: gl.constexpr = 0x7632 if KIND == "int4" else 0x7362
         operands = operands + [gl.broadcast(gl.where(share % 2 == 0, FIRST, LAST), x)[0]]
@@ -213,14 +218,14 @@ def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.c
         operands = operands + [gl.broadcast(gl.where(high, 0x68006800, 0x78007800), x)[0]]
         operands = operands + [zeros]
     o = gl.inline_asm_elementwise(
-        value_asm(KIND, DIM), constraints(OUTPUTS, 2 * len(operands)), operands,
-        dtype=(gl.float16,) * OUTPUTS, is_pure=True, pack=2,
+        value_asm(KIND, DIMS), constraints(DIMS, 2 * len(operands)), operands,
+        dtype=(gl.float16,) * DIMS, is_pure=True, pack=2,
     )  # fmt: skip
     y = gl.join(o[0], o[1])
-    if DIM == 128:
+    if DIMS == 4:
         y = gl.join(y, gl.join(o[2], o[3]))
-    y = y.reshape([16, NIBBLES, PAIRS, x.shape[2], 2, OUTPUTS // 2]).permute((0, 1, 3, 2, 4, 5))
-    y = y.reshape([16, 4, 8, 2, OUTPUTS // 2]).permute((4, 1, 3, 2, 0))
+    y = y.reshape([16, NIBBLES, PAIRS, WORDS, 2, DIMS // 2]).permute((0, 1, 3, 2, 4, 5))
+    y = y.reshape([16, THREADS // 8, 8, 2, DIMS // 2]).permute((4, 1, 3, 2, 0))
     return gl.convert_layout(y.reshape([DIM, 16]), OPERAND, assert_trivial=True)
 
 
@@ -229,7 +234,7 @@ def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.c
 
 @gluon.jit
 def start_copies(K, V, k_ring, v_ring, ready, stage, batch, key, head, needed):
-    """Has 64 keys and their values copied into a stage of the ring, if they are needed."""
+    """Has a step's keys and their values copied into a stage of the ring, if they are needed."""
     barrier = ready.index(stage)
     mbarrier.expect(barrier, K.block_type.nbytes + V.block_type.nbytes, needed)
     tma_load(K, [batch, key, head, 0], barrier, k_ring.index(stage), needed)
@@ -237,23 +242,26 @@ def start_copies(K, V, k_ring, v_ring, ready, stage, batch, key, head, needed):
 
 
 @gluon.jit
-def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr):
-    """[64 keys, threads that share a word, words] of a stage."""
-    L: gl.constexpr = value_words_layout(KIND, DIM)
+def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr, WARPS: gl.constexpr):
+    """[keys, threads that share a word, words] of a stage."""
+    L: gl.constexpr = value_words_layout(KIND, DIM, WARPS)
+    KEYS: gl.constexpr = codes.shape[0]
     words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
     if KIND == "e4m3":  # what lies behind the end may be no number
         if left < KEYS:
-            n = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+            n = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(2, L)))
             words = gl.where(n.expand_dims(1).expand_dims(2) < left, words, 0)
-    all = gl.full([64, 32 // words.shape[2], words.shape[2]], 0, gl.int32, L)
+    all = gl.full([KEYS, 8 * WARPS // words.shape[2], words.shape[2]], 0, gl.int32, L)
     return gl.broadcast(words, all)[0]
 
 
 @gluon.constexpr_function
-def pair_words_layout():
-    """[32]: numbers of pairs of keys, those of a thread's values."""
+def pair_words_layout(PAIRS):
+    """[PAIRS]: numbers of pairs of keys, those of a thread's values."""
+    registers = [[4 * pair] for (pair,) in powers(PAIRS // 4, 1, 0)]
+    warps = [[0]] * (PAIRS.bit_length() - 4)
     return gl.DistributedLinearLayout(
-        [[4], [8], [16]], [[1], [2], [0], [0], [0]], [[0], [0]], [], [32]
+        registers, [[1], [2], [0], [0], [0]], warps, [], [PAIRS]
     )
 
 
@@ -262,20 +270,21 @@ def read_zeros(pairs, words):
     """The zero points of a step's values as value_asm takes them, beside their words: both of a
     pair of keys for each of the two."""
     L: gl.constexpr = words.type.layout
-    x = pairs.load(pair_words_layout())
-    x = gl.join(x, x).reshape([64])
+    x = pairs.load(pair_words_layout(pairs.shape[0]))
+    x = gl.join(x, x).reshape([words.shape[0]])
     x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(2, L)), assert_trivial=True)
     return gl.broadcast(x.expand_dims(1).expand_dims(2), words)[0]
 
 
 @gluon.jit
 def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
-    """Scores of a step before scaling, [64 keys, rows]. What is decoded next is decoded while the
+    """Scores of a step before scaling, [keys, rows]. What is decoded next is decoded while the
     products of the piece before are under way. Zero points are one more k, times sums of rows."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, product.type.layout, 2)
     PAIRS: gl.constexpr = words.shape[1] // 8
     EACH: gl.constexpr = 2 if KIND == "int4" else 1
-    x = words.reshape([64, 4, PAIRS, 2]).permute((0, 1, 3, 2))
+    KEYS: gl.constexpr = words.shape[0]
+    x = words.reshape([KEYS, 4, PAIRS, 2]).permute((0, 1, 3, 2))
     for i in gl.static_range(DIM // 32):
         a = key_operand(take(x, i // EACH), KIND, i % EACH == 1, OPERAND)
         product = warpgroup_mma(
@@ -286,7 +295,7 @@ def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM
     if KIND == "int4":
         z = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
         z = gl.convert_layout(z, gl.SliceLayout(1, OPERAND), assert_trivial=True).expand_dims(1)
-        z = gl.broadcast(z, gl.full([64, 16], 0.0, gl.float16, OPERAND))[0]
+        z = gl.broadcast(z, gl.full([KEYS, 16], 0.0, gl.float16, OPERAND))[0]
         product = warpgroup_mma(z, t_smem.permute((1, 0)), product, is_async=True)
     return warpgroup_mma_wait(0, deps=(product,))
 
@@ -294,9 +303,10 @@ def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM
 @gluon.jit
 def add_values(words, zeros, p_smem, sums, KIND: gl.constexpr, DIM: gl.constexpr):
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, sums.type.layout, 2)
-    x = words.reshape([4, 16, words.shape[1], words.shape[2]]).permute((1, 2, 3, 0))
-    z = zeros.reshape([4, 16, words.shape[1], words.shape[2]]).permute((1, 2, 3, 0))
-    for i in gl.static_range(4):
+    SHAPE: gl.constexpr = [words.shape[0] // 16, 16, words.shape[1], words.shape[2]]
+    x = words.reshape(SHAPE).permute((1, 2, 3, 0))
+    z = zeros.reshape(SHAPE).permute((1, 2, 3, 0))
+    for i in gl.static_range(words.shape[0] // 16):
         a = value_operand(take(x, i), take(z, i), KIND, DIM, OPERAND)
         sums = warpgroup_mma(a, p_smem.slice(16 * i, 16, 0), sums, is_async=True)
         if i > 0:
@@ -306,8 +316,8 @@ def add_values(words, zeros, p_smem, sums, KIND: gl.constexpr, DIM: gl.constexpr
 
 @gluon.jit
 def of_thread(x):
-    """[64, columns] -> [4 warps, 2, 8 g, columns / 8, 4 c, 2]."""
-    return x.reshape([4, 2, 8, x.shape[1] // 8, 4, 2])
+    """[keys, columns] -> [warps, 2, 8 g, columns / 8, 4 c, 2]."""
+    return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
@@ -320,30 +330,30 @@ def of_columns(x, like):
 
 @gluon.jit
 def exceeds(arg, scales, unit):
-    """[4, 32], for each warp: whether any of its weights or scales is too large."""
-    top = gl.max(gl.max(gl.max(of_thread(arg), axis=5), axis=3), axis=1)  # [4, 8, 4]
-    wide = gl.max(gl.abs(scales).reshape([4, 2, 8]), axis=1)
+    """[warps, 32]: whether any of its weights or scales is too large."""
+    top = gl.max(gl.max(gl.max(of_thread(arg), axis=5), axis=3), axis=1)  # [warps, 8, 4]
+    wide = gl.max(gl.abs(scales).reshape([scales.shape[0] // 16, 2, 8]), axis=1)
     wide = gl.convert_layout(wide, gl.SliceLayout(2, top.type.layout), assert_trivial=True)
     found = (top > SLACK) | (wide.expand_dims(2) > SCALE_SLACK * unit)
     found = gl.inline_asm_elementwise(
         "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [found.to(gl.int32)], dtype=gl.int32,
         is_pure=True, pack=1,
     )  # fmt: skip
-    return found.reshape([4, 32])
+    return found.reshape([scales.shape[0] // 16, 32])
 
 
 @gluon.jit
-def load_keys_numbers(pointer, left, L: gl.constexpr):
-    """What the 64 keys from here on have one of each; zeros behind those that are left."""
-    n = gl.arange(0, 64, gl.SliceLayout(1, L))
+def load_keys_numbers(pointer, left, KEYS: gl.constexpr, L: gl.constexpr):
+    """What a step's keys have one of each; zeros behind those that are left."""
+    n = gl.arange(0, KEYS, gl.SliceLayout(1, L))
     return gl.load(pointer + n, mask=n < left, other=0)
 
 
 @gluon.jit
-def load_numbers(pointers, first, left, L: gl.constexpr):
+def load_numbers(pointers, first, left, KEYS: gl.constexpr, L: gl.constexpr):
     result = ()
     for i in gl.static_range(len(pointers)):
-        result = result + (load_keys_numbers(pointers[i] + first, left, L),)
+        result = result + (load_keys_numbers(pointers[i] + first, left, KEYS, L),)
     return result
 
 
@@ -362,13 +372,15 @@ def attend_rows(
     ks_batch, ks_head, vs_batch, vs_head, o_split, o_batch, o_token, o_head,
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
-    SPLIT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    SPLIT: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one key head against a part of its keys; see attend_few, whose arguments these
     are but for K and V, which are TMA maps of [1, 64, 1, bytes] tiles of codes."""
     if PDL:
         let_next_kernel_start()
-    L: gl.constexpr = product_layout(ROWS)
+    L: gl.constexpr = product_layout(ROWS, WARPS)
+    KEYS: gl.constexpr = 16 * WARPS  # of a step
     COLUMNS: gl.constexpr = gl.SliceLayout(0, L)
     OF_KEYS: gl.constexpr = gl.SliceLayout(1, L)
     K_WORDS: gl.constexpr = DIM // 8 if K_KIND == "int4" else DIM // 4
@@ -401,15 +413,15 @@ def attend_rows(
         gl.float16, [PANELS, ROWS, 32], gl.NVMMASharedLayout(64, 16, 2)
     )
     p_smem = gl.allocate_shared_memory(
-        gl.float16, [64, ROWS], gl.NVMMASharedLayout(2 * ROWS, 16, 2)
+        gl.float16, [KEYS, ROWS], gl.NVMMASharedLayout(min(128, 2 * ROWS), 16, 2)
     )
-    k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, 1, 64, 1, 4 * K_WORDS], K.layout)
-    v_ring = gl.allocate_shared_memory(gl.int8, [STAGES, 1, 64, 1, 4 * V_WORDS], V.layout)
+    k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, 1, KEYS, 1, 4 * K_WORDS], K.layout)
+    v_ring = gl.allocate_shared_memory(gl.int8, [STAGES, 1, KEYS, 1, 4 * V_WORDS], V.layout)
     k_codes = reinterpret(
-        k_ring, gl.int32, [STAGES, 64, K_WORDS], gl.NVMMASharedLayout(4 * K_WORDS, 32, 2)
+        k_ring, gl.int32, [STAGES, KEYS, K_WORDS], gl.NVMMASharedLayout(4 * K_WORDS, 32, 2)
     )
     v_codes = reinterpret(
-        v_ring, gl.int32, [STAGES, 64, V_WORDS], gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
+        v_ring, gl.int32, [STAGES, KEYS, V_WORDS], gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
     )
     t_smem = q_smem
     if K_KIND == "int4":
@@ -418,11 +430,13 @@ def attend_rows(
         )
     if V_KIND == "int4":
         z_smem = gl.allocate_shared_memory(
-            gl.float16, [64], gl.SwizzledSharedLayout(1, 1, 1, [0])
+            gl.float16, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])
         )
-        z_pairs = reinterpret(z_smem, gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        z_pairs = reinterpret(z_smem, gl.int32, [KEYS // 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    flags = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    flags = gl.allocate_shared_memory(
+        gl.int32, [WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
@@ -434,10 +448,10 @@ def attend_rows(
         pointers = pointers + (K_ZEROS + k_offset,)
     if V_KIND == "int4":
         pointers = pointers + (V_ZEROS + v_offset,)
-    numbers = load_numbers(pointers, lo, hi - lo, L)
+    numbers = load_numbers(pointers, lo, hi - lo, KEYS, L)
 
     # the tile's rows as float16, times a power of two that brings the largest element near 2^8
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
     r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
     offsets = (r // GROUP).to(gl.int64) * (q_token * 8) + (head * GROUP + r % GROUP) * (q_head * 8)
     live = (r // GROUP < q_len).expand_dims(1)
@@ -478,7 +492,7 @@ def attend_rows(
     limits_smem.store(gl.minimum(seen, hi))
 
     sums = gl.zeros([DIM, ROWS], gl.float32, L)
-    zero = gl.zeros([64, ROWS], gl.float32, L)
+    zero = gl.zeros([KEYS, ROWS], gl.float32, L)
     norm = gl.sum(of_thread(zero), axis=1)
     shift_smem.store(gl.zeros([ROWS], gl.float32, COLUMNS))
     unit = gl.to_tensor(TINY)
@@ -487,7 +501,7 @@ def attend_rows(
     phase = 0
     for first in range(lo, hi, KEYS):
         mbarrier.wait(ready.index(stage), phase)
-        words = k_codes.index(stage).load(key_words_layout(K_WORDS))
+        words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
         LAST: gl.constexpr = len(numbers) - 1  # zero points of values, if there are any
         key_zeros = numbers[2 if K_KIND == "int4" else 0]
         scores = multiply_keys(words, key_zeros, q_smem, t_smem, zero, K_KIND, DIM)
@@ -495,13 +509,13 @@ def attend_rows(
         scales = numbers[1].to(gl.float32)
         arg = gl.fma(scores, key_scales, shift_smem.load(COLUMNS).expand_dims(0))
         if first + KEYS > all_see:
-            n = first + gl.arange(0, 64, OF_KEYS)
+            n = first + gl.arange(0, KEYS, OF_KEYS)
             limits = limits_smem.load(COLUMNS)
             arg = gl.where(n.expand_dims(1) < limits.expand_dims(0), arg, float("-inf"))
         flags.store(exceeds(arg, scales, unit))
         fence_async_shared()
-        EVERY: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
-        some = gl.max(flags.slice(0, 1, 1).load(EVERY).reshape([4]), axis=0)
+        EVERY: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+        some = gl.max(flags.slice(0, 1, 1).load(EVERY).reshape([WARPS]), axis=0)
         # the stage before this one has been read by all
         before = gl.where(stage == 0, STAGES, stage) - 1
         later = first + (STAGES - 1) * KEYS
@@ -529,9 +543,9 @@ def attend_rows(
         p_smem.store(weights.to(gl.float16))
         fence_async_shared()
         left = hi - first - KEYS
-        numbers = load_numbers(pointers, first + KEYS, left, L)
+        numbers = load_numbers(pointers, first + KEYS, left, KEYS, L)
         keep_loads_here()
-        words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM)
+        words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM, WARPS)
         value_zeros = words
         if V_KIND == "int4":
             value_zeros = read_zeros(z_pairs, words)
@@ -549,7 +563,7 @@ def attend_rows(
     OUT += wide_batch * o_batch
     if SPLIT:
         OUT += split.to(gl.int64) * o_split
-    x = sums.reshape([DIM // 64, 4, 2, 8, ROWS]).permute((4, 1, 3, 0, 2)).reshape([ROWS, DIM])
+    x = sums.reshape([DIM // KEYS, WARPS, 2, 8, ROWS]).permute((4, 1, 3, 0, 2)).reshape([ROWS, DIM])
     X: gl.constexpr = x.type.layout
     r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, X)).expand_dims(1)
     d = gl.arange(0, DIM, gl.SliceLayout(0, X)).expand_dims(0)
