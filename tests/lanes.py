@@ -543,6 +543,7 @@ def run(
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": lambda _, deps: deps[0],
             "fence_async_shared": lambda: None,
+            "thread_barrier": lambda: None,
             "let_next_kernel_start": lambda: None,
             "keep_loads_here": lambda: None,
         }

@@ -36,6 +36,7 @@ from .versions import (
     gluon,
     mbarrier,
     reinterpret,
+    thread_barrier,
     tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -499,6 +500,8 @@ def attend_rows(
     inverse = 1.0 / unit
     stage = 0
     phase = 0
+    fence_async_shared()
+    thread_barrier()  # else the compiler has one in each step
     for first in range(lo, hi, KEYS):
         mbarrier.wait(ready.index(stage), phase)
         words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
