@@ -42,7 +42,7 @@ from .versions import (
     warpgroup_mma_wait,
 )
 
-SLACK = gl.constexpr(8.0)  # weights are at most 2^8
+LARGEST = gl.constexpr(4.0)  # the weight of the largest score is 2^-4 at first, 2 at most
 SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
 
 
@@ -95,12 +95,14 @@ def value_words_layout(KIND, DIM, WARPS):
 def dim_of(k, KIND: gl.constexpr, DIM: gl.constexpr):
     """The dim that the products' k means, in the order of key_operand's pieces."""
     c = k // 2 % 4
-    within = k // 16 % 2 * 4
+    if KIND == "e4m3":
+        within = k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    else:
+        within = k // 16 % 2 * 4 + k // 8 % 2 + k % 2 * 2
     if KIND == "int4":
-        within += k // 8 % 2 + k % 2 * 2
         return k // 32 % 2 * (DIM // 2) + c * (DIM // 8) + k // 64 * 8 + within
     else:
-        return c * (DIM // 4) + k // 32 * 8 + within + k // 8 % 2 * 2 + k % 2
+        return c * (DIM // 4) + k // 32 * 8 + within
 
 
 # --- codes to operands -----------------------------------------------------------------------
@@ -127,17 +129,19 @@ def from_e4m3(first, x):
 @gluon.constexpr_function
 def key_asm(KIND, high):
     """Two words' codes; of int4, low or high nibbles."""
-    if KIND == "int8":
-        text = "{ .reg .b32 u, c; mov.b32 c, 0x64806480; "
-        return text + from_bytes(0, "$4") + from_bytes(2, "$5") + "}"
     if KIND == "e4m3":
         return "{ .reg .b16 l, h; " + from_e4m3(0, "$4") + from_e4m3(2, "$5") + "}"
-    # float16 that are 2^-24 as large as the codes, subnormal; high nibbles 16 times as large
+    # float16 that are 2^-24 as large as code + 128 or nibble, subnormal; high nibbles are 16 times
+    # as large
+    flip = "0"
     mask = "0x00F000F0" if high else "0x000F000F"
-    text = "{ .reg .b32 u; "
+    if KIND == "int8":
+        mask, flip = "0x00FF00FF", "0x00800080"
+    text = f"{{ .reg .b32 u, m, f; mov.b32 m, {mask}; mov.b32 f, {flip}; "
     for word in range(2):
         x, o = f"${4 + word}", 2 * word
-        text += f"shr.b32 u, {x}, 8; and.b32 ${o}, {x}, {mask}; and.b32 ${o + 1}, u, {mask}; "
+        text += f"shr.b32 u, {x}, 8; "
+        text += f"lop3.b32 ${o}, {x}, m, f, 0x6A; lop3.b32 ${o + 1}, u, m, f, 0x6A; "
     return text + "}"
 
 
@@ -234,12 +238,14 @@ def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.c
 
 
 @gluon.jit
-def start_copies(K, V, k_ring, v_ring, ready, stage, batch, key, head, needed):
-    """Has a step's keys and their values copied into a stage of the ring, if they are needed."""
-    barrier = ready.index(stage)
-    mbarrier.expect(barrier, K.block_type.nbytes + V.block_type.nbytes, needed)
-    tma_load(K, [batch, key, head, 0], barrier, k_ring.index(stage), needed)
-    tma_load(V, [batch, key, head, 0], barrier, v_ring.index(stage), needed)
+def expect_copy(CODES, ready, stage, needed):
+    mbarrier.expect(ready.index(stage), CODES.block_type.nbytes, needed)
+
+
+@gluon.jit
+def start_copy(CODES, ring, ready, stage, batch, key, head, needed):
+    """Has a step's keys or values copied into a stage of their ring, if they are needed."""
+    tma_load(CODES, [batch, key, head, 0], ready.index(stage), ring.index(stage), needed)
 
 
 @gluon.jit
@@ -280,7 +286,8 @@ def read_zeros(pairs, words):
 @gluon.jit
 def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
     """Scores of a step before scaling, [keys, rows]. What is decoded next is decoded while the
-    products of the piece before are under way. Zero points are one more k, times sums of rows."""
+    products of the piece before are under way. Zero points, or the 128 that int8 are off by, are one
+    more k, times sums of rows."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, product.type.layout, 2)
     PAIRS: gl.constexpr = words.shape[1] // 8
     EACH: gl.constexpr = 2 if KIND == "int4" else 1
@@ -293,10 +300,12 @@ def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM
         )
         if i > 0:
             product = warpgroup_mma_wait(1, deps=(product,))
-    if KIND == "int4":
-        z = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
-        z = gl.convert_layout(z, gl.SliceLayout(1, OPERAND), assert_trivial=True).expand_dims(1)
-        z = gl.broadcast(z, gl.full([KEYS, 16], 0.0, gl.float16, OPERAND))[0]
+    if KIND != "e4m3":
+        z = gl.full([KEYS, 16], -128.0 / 16384.0, gl.float16, OPERAND)
+        if KIND == "int4":
+            some = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
+            some = gl.convert_layout(some, gl.SliceLayout(1, OPERAND), assert_trivial=True)
+            z = gl.broadcast(some.expand_dims(1), z)[0]
         product = warpgroup_mma(z, t_smem.permute((1, 0)), product, is_async=True)
     return warpgroup_mma_wait(0, deps=(product,))
 
@@ -330,12 +339,19 @@ def of_columns(x, like):
 
 
 @gluon.jit
-def exceeds(arg, scales, unit):
-    """[warps, 32]: whether any of its weights or scales is too large."""
-    top = gl.max(gl.max(gl.max(of_thread(arg), axis=5), axis=3), axis=1)  # [warps, 8, 4]
+def either(x, y):
+    return x | y
+
+
+@gluon.jit
+def exceeds(sums, scales, unit):
+    """[warps, 32]: whether any of a warp's weights or scales is too large. sums: of two weights each,
+    of which one of 2 and more has the highest bit of its exponent."""
+    bits = gl.reduce(sums.to(gl.int32, bitcast=True), 4, either)
+    bits = gl.reduce(bits, 2, either)  # [warps, 8, 4]
     wide = gl.max(gl.abs(scales).reshape([scales.shape[0] // 16, 2, 8]), axis=1)
-    wide = gl.convert_layout(wide, gl.SliceLayout(2, top.type.layout), assert_trivial=True)
-    found = (top > SLACK) | (wide.expand_dims(2) > SCALE_SLACK * unit)
+    wide = gl.convert_layout(wide, gl.SliceLayout(2, bits.type.layout), assert_trivial=True)
+    found = (bits >= 0x40000000) | (wide.expand_dims(2) > SCALE_SLACK * unit)
     found = gl.inline_asm_elementwise(
         "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [found.to(gl.int32)], dtype=gl.int32,
         is_pure=True, pack=1,
@@ -344,17 +360,23 @@ def exceeds(arg, scales, unit):
 
 
 @gluon.jit
-def load_keys_numbers(pointer, left, KEYS: gl.constexpr, L: gl.constexpr):
-    """What a step's keys have one of each; zeros behind those that are left."""
-    n = gl.arange(0, KEYS, gl.SliceLayout(1, L))
-    return gl.load(pointer + n, mask=n < left, other=0)
+def scaled(weights, scales):
+    """Weights as float16, times their keys' scales."""
+    x = weights.to(gl.float16)
+    y = gl.broadcast(scales.to(gl.float16).expand_dims(1), x)[0]
+    return gl.inline_asm_elementwise(
+        "mul.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.float16, is_pure=True, pack=2
+    )  # fmt: skip
 
 
 @gluon.jit
-def load_numbers(pointers, first, left, KEYS: gl.constexpr, L: gl.constexpr):
+def load_numbers(pointers, first, last, KEYS: gl.constexpr, L: gl.constexpr):
+    """What a step's keys have one of each; those behind the last one have its. No masks, as these
+    would be applied, and loads waited for, long before the numbers are used."""
+    n = gl.minimum(first + gl.arange(0, KEYS, gl.SliceLayout(1, L)), last)
     result = ()
     for i in gl.static_range(len(pointers)):
-        result = result + (load_keys_numbers(pointers[i] + first, left, KEYS, L),)
+        result = result + (gl.load(pointers[i] + n),)
     return result
 
 
@@ -425,7 +447,7 @@ def attend_rows(
         v_ring, gl.int32, [STAGES, KEYS, V_WORDS], gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
     )
     t_smem = q_smem
-    if K_KIND == "int4":
+    if K_KIND != "e4m3":
         t_smem = gl.allocate_shared_memory(
             gl.float16, [ROWS, 16], gl.NVMMASharedLayout(32, 16, 2)
         )
@@ -434,22 +456,29 @@ def attend_rows(
             gl.float16, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])
         )
         z_pairs = reinterpret(z_smem, gl.int32, [KEYS // 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     flags = gl.allocate_shared_memory(
         gl.int32, [WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
     fence_async_shared()
     for i in gl.static_range(STAGES):
         first = lo + i * KEYS
-        start_copies(K, V, k_ring, v_ring, ready, i, batch, first, head, first < hi)
+        expect_copy(K, k_ready, i, first < hi)
+        start_copy(K, k_ring, k_ready, i, batch, first, head, first < hi)
+        if i < STAGES - 1:  # the last one in the first step
+            expect_copy(V, v_ready, i, first < hi)
+            start_copy(V, v_ring, v_ready, i, batch, first, head, first < hi)
     pointers = (K_SCALE + k_offset, V_SCALE + v_offset)
     if K_KIND == "int4":
         pointers = pointers + (K_ZEROS + k_offset,)
     if V_KIND == "int4":
         pointers = pointers + (V_ZEROS + v_offset,)
-    numbers = load_numbers(pointers, lo, hi - lo, KEYS, L)
+    last = gl.maximum(hi - 1, 0)
+    numbers = load_numbers(pointers, lo, last, KEYS, L)
 
     # the tile's rows as float16, times a power of two that brings the largest element near 2^8
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
@@ -475,7 +504,7 @@ def attend_rows(
             q = gl.where(d < DIM // 2, q, q * 0.0625)
         q_smem.index(panel).store(q.to(gl.float16))
     back = SCALE / factor
-    if K_KIND == "int4":
+    if K_KIND != "e4m3":
         back = back * 16777216.0
         # sums of rows as two float16, with which zero points are multiplied, 2^-14 as large
         total = total * (1.0 / 1024.0)
@@ -496,14 +525,14 @@ def attend_rows(
     zero = gl.zeros([KEYS, ROWS], gl.float32, L)
     norm = gl.sum(of_thread(zero), axis=1)
     shift_smem.store(gl.zeros([ROWS], gl.float32, COLUMNS))
-    unit = gl.to_tensor(TINY)
+    unit = gl.to_tensor(TINY)  # a power of two from the first step on
     inverse = 1.0 / unit
     stage = 0
     phase = 0
     fence_async_shared()
     thread_barrier()  # else the compiler has one in each step
     for first in range(lo, hi, KEYS):
-        mbarrier.wait(ready.index(stage), phase)
+        mbarrier.wait(k_ready.index(stage), phase)
         words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
         LAST: gl.constexpr = len(numbers) - 1  # zero points of values, if there are any
         key_zeros = numbers[2 if K_KIND == "int4" else 0]
@@ -515,40 +544,49 @@ def attend_rows(
             n = first + gl.arange(0, KEYS, OF_KEYS)
             limits = limits_smem.load(COLUMNS)
             arg = gl.where(n.expand_dims(1) < limits.expand_dims(0), arg, float("-inf"))
-        flags.store(exceeds(arg, scales, unit))
+        # these keys, and the values of the step before, have been read by all after this barrier
+        before = gl.where(stage == 0, STAGES, stage) - 1
+        keys_later = first + STAGES * KEYS
+        values_later = keys_later - KEYS
+        expect_copy(K, k_ready, stage, keys_later < hi)
+        expect_copy(V, v_ready, before, values_later < hi)
         fence_async_shared()
+        thread_barrier()
+        start_copy(K, k_ring, k_ready, stage, batch, keys_later, head, keys_later < hi)
+        start_copy(V, v_ring, v_ready, before, batch, values_later, head, values_later < hi)
+        weights = power_of_two(arg)
+        added = gl.sum(of_thread(weights), axis=1)
+        p_smem.store(scaled(weights, scales * inverse))
+        flags.store(exceeds(added, scales, unit))
+        if V_KIND == "int4":
+            z_smem.store((numbers[LAST].to(gl.float32) * (-1.0 / 512.0)).to(gl.float16))
+        fence_async_shared()
+        numbers = load_numbers(pointers, first + KEYS, last, KEYS, L)
+        keep_loads_here()
         EVERY: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
         some = gl.max(flags.slice(0, 1, 1).load(EVERY).reshape([WARPS]), axis=0)
-        # the stage before this one has been read by all
-        before = gl.where(stage == 0, STAGES, stage) - 1
-        later = first + (STAGES - 1) * KEYS
-        start_copies(
-            K, V, k_ring, v_ring, ready, before, batch, later, head, (first > lo) & (later < hi)
-        )
         if (some != 0) | (first == lo):
-            top = gl.max(arg, axis=0)  # of keys that are seen; none may be
+            top = gl.max(arg, axis=0) + LARGEST  # of keys that are seen; none may be
             rise = gl.where(first == lo, top, gl.maximum(top, 0.0))
             rise = gl.where(top == float("-inf"), 0.0, rise)
             shift_smem.store(shift_smem.load(COLUMNS) - rise)
-            arg -= rise.expand_dims(0)
-            largest = gl.maximum(gl.max(gl.abs(scales), axis=0), unit)
+            largest = gl.max(gl.abs(scales), axis=0)
+            # a power of two above, so that scales stay what they are
+            exponent = gl.minimum((largest.to(gl.int32, bitcast=True) >> 23) + 1, 253)
+            largest = gl.maximum((exponent << 23).to(gl.float32, bitcast=True), unit)
             alpha = power_of_two(0.0 - gl.maximum(rise, 0.0))  # below, the first time: of zeros
             norm = norm * of_columns(alpha, norm)
             alpha = alpha * (unit / largest)
             sums = sums * alpha.expand_dims(0)
             unit = largest
             inverse = 1.0 / unit
-        weights = power_of_two(arg)
-        norm += gl.sum(of_thread(weights), axis=1)
-        weights = weights * (scales * inverse).expand_dims(1)
-        if V_KIND == "int4":
-            z_smem.store((numbers[LAST].to(gl.float32) * (-1.0 / 512.0)).to(gl.float16))
-        p_smem.store(weights.to(gl.float16))
-        fence_async_shared()
-        left = hi - first - KEYS
-        numbers = load_numbers(pointers, first + KEYS, left, KEYS, L)
-        keep_loads_here()
-        words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM, WARPS)
+            again = power_of_two(arg - rise.expand_dims(0))
+            added = gl.sum(of_thread(again), axis=1)
+            p_smem.store(scaled(again, scales * inverse))
+            fence_async_shared()
+        norm += added
+        mbarrier.wait(v_ready.index(stage), phase)
+        words = read_values(v_codes.index(stage), hi - first, V_KIND, DIM, WARPS)
         value_zeros = words
         if V_KIND == "int4":
             value_zeros = read_zeros(z_pairs, words)
