@@ -530,7 +530,7 @@ def attend_rows(
     stage = 0
     phase = 0
     fence_async_shared()
-    thread_barrier()  # else the compiler has one in each step
+    thread_barrier()
     for first in range(lo, hi, KEYS):
         mbarrier.wait(k_ready.index(stage), phase)
         words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
@@ -584,6 +584,7 @@ def attend_rows(
             added = gl.sum(of_thread(again), axis=1)
             p_smem.store(scaled(again, scales * inverse))
             fence_async_shared()
+            thread_barrier()  # else the compiler has one in each step
         norm += added
         mbarrier.wait(v_ready.index(stage), phase)
         words = read_values(v_codes.index(stage), hi - first, V_KIND, DIM, WARPS)
