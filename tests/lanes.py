@@ -142,27 +142,7 @@ class Shared:
         return Tensor(self.data.copy())
 
 
-class Panels(Shared):
-    """Words of shared memory [panels * rows, 32] as a matrix of panels' float16, side by side."""
-
-    def __init__(self, words: Shared, shape: Sequence[int]) -> None:
-        self.words, self.rows = words.data, shape[0]
-
-    @property
-    def data(self) -> np.ndarray:  # type: ignore[override]
-        panels = self.words.view(np.float16).reshape(-1, self.rows, 64)
-        return panels.transpose(1, 0, 2).reshape(self.rows, -1)
-
-    def permute(self, order: Sequence[int]) -> Any:
-        return SimpleNamespace(matrix=lambda: self.data.transpose(order))
-
-    def matrix(self) -> np.ndarray:
-        return self.data
-
-
 def reinterpret(words: Shared, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
-    if dtype == np.float16:
-        return Panels(words, shape)
     return Shared(words.data.reshape(-1).view(dtype).reshape(shape))
 
 
@@ -267,12 +247,6 @@ def integer_mma(unsigned: bool, *registers: Any) -> tuple[Tensor, ...]:
 
 def bytes_of(x: Any) -> np.ndarray:
     return np.ascontiguousarray(x.data, np.int32)[..., None].view(np.int8)
-
-
-def halves_of_bytes(x: Any) -> list[np.ndarray]:
-    """[..., 2] float32 of the first two and of the last two bytes of a register."""
-    codes = bytes_of(x).astype(np.float32)
-    return [codes[..., :2], codes[..., 2:]]
 
 
 def prmt(x: Tensor, y: Tensor, selector: int) -> Tensor:
@@ -392,8 +366,6 @@ INSTRUCTIONS = {  # the first whose name occurs in the text
     "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": lambda *x: mma(True, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": lambda *x: mma(False, *x),
-    "lop3.b32 $0, $1, $2, $3, 0xEA": lambda x, mask, bits: Tensor(x.data & mask | bits),
-    "xor.b32 u, $2, 0x80808080": lambda x: tuple(register(h) for h in halves_of_bytes(x)),
     "prmt.b32": prmt,
     "sub.f16x2": lambda x, y: register(halves(x) - halves(y)),
     "cvt.rn.f16x2.e4m3x2": from_e4m3,

@@ -141,7 +141,7 @@ def _words_launch(
     tile: Tile, grid: tuple[int, ...],
 ) -> Launch:  # fmt: skip
     """attend_rows, attend_few or attend_codes in place of attend: words for elements, the stride of
-    tokens known."""
+    tokens known; attend_rows has TMA maps of the codes."""
     from . import attention_codes_kernels as codes_kernels
     from . import attention_decode_kernels as decode_kernels
     from . import attention_rows_kernels as rows_kernels
@@ -162,14 +162,9 @@ def _words_launch(
         function = codes_kernels.attend_codes
     elif tile.kernel == "rows":
         function = rows_kernels.attend_rows
-        shape = {"HALVES": tile.block_m // 32, "SLOTS": tile.num_stages}
-        if tile.block_n in (65, 128):
-            from . import attention_turned_kernels as turned_kernels
-
-            function = turned_kernels.attend_rows
-            shape = {"ROWS": tile.block_m, "STAGES": tile.num_stages, "WARPS": tile.num_warps}
+        shape = {"ROWS": tile.block_m, "WARPS": tile.num_warps, "STAGES": tile.num_stages}
         for name in ("K", "V"):
-            arguments[name] = _codes_map(arguments[name], arguments["k_len"], 16 * tile.num_warps)
+            arguments[name] = _codes_map(arguments[name], arguments["k_len"], tile.block_n)
             del constants[f"{name}_TOKEN"]
             for stride in ("batch", "head"):
                 del arguments[f"{name.lower()}_{stride}"]
