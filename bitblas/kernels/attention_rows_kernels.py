@@ -28,7 +28,7 @@ of about the largest scale so far, else small scales would leave float16's range
 
 from __future__ import annotations
 
-from .attention_decode_kernels import TINY, log2, power_of_two
+from .attention_decode_kernels import TINY, log2, of_head, power_of_two, unpack_halves
 from .device import keep_loads_here, let_next_kernel_start, powers, take
 from .versions import (
     fence_async_shared,
@@ -42,8 +42,7 @@ from .versions import (
     warpgroup_mma_wait,
 )
 
-HEADROOM = gl.constexpr(4.0)  # the weight of the largest score is 2^-4 at first, 2 at most
-SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
+SLACK = gl.constexpr(6.0)  # weights are at most 2^6, scales of values 6 units
 
 
 # --- layouts ---------------------------------------------------------------------------------
@@ -253,11 +252,13 @@ def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr, WARPS: gl.co
     """[keys, threads that share a word, words] of a stage."""
     L: gl.constexpr = value_words_layout(KIND, DIM, WARPS)
     KEYS: gl.constexpr = codes.shape[0]
-    words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
     if KIND == "e4m3":  # what lies behind the end may be no number
         if left < KEYS:
-            n = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-            words = gl.where(n.expand_dims(1).expand_dims(2) < left, words, 0)
+            words = codes.load(gl.SliceLayout(1, L))
+            n = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(1, L))).expand_dims(1)
+            codes.store(gl.where(n < left, words, 0))
+            thread_barrier()
+    words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
     all = gl.full([KEYS, 8 * WARPS // words.shape[2], words.shape[2]], 0, gl.int32, L)
     return gl.broadcast(words, all)[0]
 
@@ -303,7 +304,7 @@ def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM
     if KIND != "e4m3":
         z = gl.full([KEYS, 16], -128.0 / 16384.0, gl.float16, OPERAND)
         if KIND == "int4":
-            some = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
+            some = (zeros * (-1.0 / 16384.0)).to(gl.float16)
             some = gl.convert_layout(some, gl.SliceLayout(1, OPERAND), assert_trivial=True)
             z = gl.broadcast(some.expand_dims(1), z)[0]
         product = warpgroup_mma(z, t_smem.permute((1, 0)), product, is_async=True)
@@ -339,19 +340,12 @@ def of_columns(x, like):
 
 
 @gluon.jit
-def either(x, y):
-    return x | y
-
-
-@gluon.jit
-def exceeds(sums, scales, unit):
-    """[warps, 32]: whether any of a warp's weights or scales is too large. sums: of two weights each,
-    of which one of 2 and more has the highest bit of its exponent."""
-    bits = gl.reduce(sums.to(gl.int32, bitcast=True), 4, either)
-    bits = gl.reduce(bits, 2, either)  # [warps, 8, 4]
+def exceeds(arg, scales, unit):
+    """[warps, 32]: whether any of a warp's weights or scales is too large."""
+    top = gl.max(gl.max(gl.max(of_thread(arg), axis=5), axis=3), axis=1)  # [warps, 8, 4]
     wide = gl.max(gl.abs(scales).reshape([scales.shape[0] // 16, 2, 8]), axis=1)
-    wide = gl.convert_layout(wide, gl.SliceLayout(2, bits.type.layout), assert_trivial=True)
-    found = (bits >= 0x40000000) | (wide.expand_dims(2) > SCALE_SLACK * unit)
+    wide = gl.convert_layout(wide, gl.SliceLayout(2, top.type.layout), assert_trivial=True)
+    found = (top > SLACK) | (wide.expand_dims(2) > SLACK * unit)
     found = gl.inline_asm_elementwise(
         "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [found.to(gl.int32)], dtype=gl.int32,
         is_pure=True, pack=1,
@@ -370,14 +364,25 @@ def scaled(weights, scales):
 
 
 @gluon.jit
-def load_numbers(pointers, first, last, KEYS: gl.constexpr, L: gl.constexpr):
-    """What a step's keys have one of each; those behind the last one have its. No masks, as these
-    would be applied, and loads waited for, long before the numbers are used."""
-    n = gl.minimum(first + gl.arange(0, KEYS, gl.SliceLayout(1, L)), last)
+def step_keys(first, last, KEYS: gl.constexpr, L: gl.constexpr):
+    """A step's keys; the last one in place of those behind it."""
+    return gl.minimum(first + gl.arange(0, KEYS, gl.SliceLayout(1, L)), last)
+
+
+@gluon.jit
+def load_numbers(pointers, keys):
+    """Words that hold what keys have one of each, of two keys: of 16-bit numbers the compiler would
+    make such words itself, and wait for the loads then."""
     result = ()
     for i in gl.static_range(len(pointers)):
-        result = result + (gl.load(pointers[i] + n),)
+        result = result + (gl.load(pointers[i] + keys // 2),)
     return result
+
+
+@gluon.jit
+def number(word, keys, BF16: gl.constexpr):
+    low, high = unpack_halves(word, BF16)
+    return gl.where(keys % 2 == 0, low, high)
 
 
 @gluon.jit
@@ -418,8 +423,12 @@ def attend_rows(
         length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
     wide_batch = batch.to(gl.int64)
     Q += wide_batch * (q_batch * 8)
-    k_offset = wide_batch * (ks_batch * 4) + head * (ks_head * 4)
-    v_offset = wide_batch * (vs_batch * 4) + head * (vs_head * 4)
+    K_SCALE = of_head(K_SCALE, wide_batch, head, ks_batch, ks_head, 2)
+    V_SCALE = of_head(V_SCALE, wide_batch, head, vs_batch, vs_head, 2)
+    if K_KIND == "int4":
+        K_ZEROS = of_head(K_ZEROS, wide_batch, head, ks_batch, ks_head, 2)
+    if V_KIND == "int4":
+        V_ZEROS = of_head(V_ZEROS, wide_batch, head, vs_batch, vs_head, 2)
 
     last = length  # one behind the last key that a row of this tile sees
     all_see = length
@@ -472,13 +481,13 @@ def attend_rows(
         if i < STAGES - 1:  # the last one in the first step
             expect_copy(V, v_ready, i, first < hi)
             start_copy(V, v_ring, v_ready, i, batch, first, head, first < hi)
-    pointers = (K_SCALE + k_offset, V_SCALE + v_offset)
+    pointers = (K_SCALE, V_SCALE)
     if K_KIND == "int4":
-        pointers = pointers + (K_ZEROS + k_offset,)
+        pointers = pointers + (K_ZEROS,)
     if V_KIND == "int4":
-        pointers = pointers + (V_ZEROS + v_offset,)
+        pointers = pointers + (V_ZEROS,)
     last = gl.maximum(hi - 1, 0)
-    numbers = load_numbers(pointers, lo, last, KEYS, L)
+    numbers = load_numbers(pointers, step_keys(lo, last, KEYS, L))
 
     # the tile's rows as float16, times a power of two that brings the largest element near 2^8
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
@@ -534,11 +543,13 @@ def attend_rows(
     for first in range(lo, hi, KEYS):
         mbarrier.wait(k_ready.index(stage), phase)
         words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
-        LAST: gl.constexpr = len(numbers) - 1  # zero points of values, if there are any
-        key_zeros = numbers[2 if K_KIND == "int4" else 0]
+        keys = step_keys(first, last, KEYS, L)
+        key_zeros = keys
+        if K_KIND == "int4":
+            key_zeros = number(numbers[2], keys, BF16)
         scores = multiply_keys(words, key_zeros, q_smem, t_smem, zero, K_KIND, DIM)
-        key_scales = (numbers[0].to(gl.float32) * back).expand_dims(1)
-        scales = numbers[1].to(gl.float32)
+        key_scales = (number(numbers[0], keys, BF16) * back).expand_dims(1)
+        scales = number(numbers[1], keys, BF16)
         arg = gl.fma(scores, key_scales, shift_smem.load(COLUMNS).expand_dims(0))
         if first + KEYS > all_see:
             n = first + gl.arange(0, KEYS, OF_KEYS)
@@ -548,28 +559,21 @@ def attend_rows(
         before = gl.where(stage == 0, STAGES, stage) - 1
         keys_later = first + STAGES * KEYS
         values_later = keys_later - KEYS
+        flags.store(exceeds(arg, scales, unit))
         expect_copy(K, k_ready, stage, keys_later < hi)
         expect_copy(V, v_ready, before, values_later < hi)
         fence_async_shared()
         thread_barrier()
         start_copy(K, k_ring, k_ready, stage, batch, keys_later, head, keys_later < hi)
         start_copy(V, v_ring, v_ready, before, batch, values_later, head, values_later < hi)
-        weights = power_of_two(arg)
-        added = gl.sum(of_thread(weights), axis=1)
-        p_smem.store(scaled(weights, scales * inverse))
-        flags.store(exceeds(added, scales, unit))
-        if V_KIND == "int4":
-            z_smem.store((numbers[LAST].to(gl.float32) * (-1.0 / 512.0)).to(gl.float16))
-        fence_async_shared()
-        numbers = load_numbers(pointers, first + KEYS, last, KEYS, L)
-        keep_loads_here()
         EVERY: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
         some = gl.max(flags.slice(0, 1, 1).load(EVERY).reshape([WARPS]), axis=0)
         if (some != 0) | (first == lo):
-            top = gl.max(arg, axis=0) + HEADROOM  # of keys that are seen; none may be
+            top = gl.max(arg, axis=0)  # of keys that are seen; none may be
             rise = gl.where(first == lo, top, gl.maximum(top, 0.0))
             rise = gl.where(top == float("-inf"), 0.0, rise)
             shift_smem.store(shift_smem.load(COLUMNS) - rise)
+            arg -= rise.expand_dims(0)
             largest = gl.max(gl.abs(scales), axis=0)
             # a power of two above, so that scales stay what they are
             exponent = gl.minimum((largest.to(gl.int32, bitcast=True) >> 23) + 1, 253)
@@ -580,18 +584,21 @@ def attend_rows(
             sums = sums * alpha.expand_dims(0)
             unit = largest
             inverse = 1.0 / unit
-            again = power_of_two(arg - rise.expand_dims(0))
-            added = gl.sum(of_thread(again), axis=1)
-            p_smem.store(scaled(again, scales * inverse))
-            fence_async_shared()
-            thread_barrier()  # else the compiler has one in each step
-        norm += added
+        weights = power_of_two(arg)
+        norm += gl.sum(of_thread(weights), axis=1)
+        p_smem.store(scaled(weights, scales * inverse))
+        if V_KIND == "int4":
+            value_zeros = number(numbers[len(numbers) - 1], keys, BF16)
+            z_smem.store((value_zeros * (-1.0 / 512.0)).to(gl.float16))
+        fence_async_shared()
+        numbers = load_numbers(pointers, step_keys(first + KEYS, last, KEYS, L))
+        keep_loads_here()
         mbarrier.wait(v_ready.index(stage), phase)
         words = read_values(v_codes.index(stage), hi - first, V_KIND, DIM, WARPS)
-        value_zeros = words
+        zeros = words
         if V_KIND == "int4":
-            value_zeros = read_zeros(z_pairs, words)
-        sums = add_values(words, value_zeros, p_smem, sums, V_KIND, DIM)
+            zeros = read_zeros(z_pairs, words)
+        sums = add_values(words, zeros, p_smem, sums, V_KIND, DIM)
         stage += 1
         if stage == STAGES:
             stage = 0
