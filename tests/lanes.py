@@ -282,9 +282,7 @@ def value_codes(values: Any, further: int) -> Any:
         found = values(np.ascontiguousarray(x.data, np.int32), *others[len(others) - further :])
         if len(others) > further:
             found = np.where(others[0].data[..., None] & 15 == 0, found[..., :2], found[..., 2:])
-        return tuple(
-            Tensor(found[..., i].astype(np.float16)) for i in range(found.shape[-1])
-        )
+        return tuple(Tensor(found[..., i].astype(np.float16)) for i in range(found.shape[-1]))
 
     return apply
 
@@ -464,7 +462,6 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
         DotOperandLayout=nothing, NVMMASharedLayout=nothing,
         max=lambda x, axis: Tensor(x.data.max(axis)),
         sum=lambda x, axis: Tensor(x.data.sum(axis)),
-        reduce=lambda x, axis, _: Tensor(np.bitwise_or.reduce(x.data, axis)),
         allocate_shared_memory=allocate_shared_memory,
     )  # fmt: skip
 

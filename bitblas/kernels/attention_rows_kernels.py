@@ -6,21 +6,25 @@ is decoded once for all rows of a tile, into the registers from which wgmma take
     scores^T = K Q^T          rows are keys, columns the tile's rows of Q
     sums^T += V^T weights^T   rows are dims, columns the same
 
-and of what passes through shared memory, of which there is no more bandwidth than this takes, only
-the codes themselves, Q and the weights are left. A block is one warpgroup; some of them share a
-multiprocessor, and each waits, decodes and multiplies while others do something else. TMA copies
-codes into a ring of stages, of 64 keys and their values each.
+Through shared memory, whose bandwidth is what tiles of decoded codes would be short of, go but the
+codes, which TMA copies into rings of some steps, Q, and the weights. A block takes a step of keys
+after the other; what hides its waits is the other blocks on the multiprocessor, for which registers
+are kept few.
 
-The 64 keys of a step are the rows of scores^T in their order: with lane = 4 * g + c a thread of
-warp w has keys 16w + g and 16w + g + 8, and columns 2c, 2c + 1, 8 further, .... So what keys have
-of their own, scales and zero points, is in a thread's own registers. Which dims the products' k
-means is free as long as K and Q agree: a lane takes codes as they come (`dim_of`). V's rows are
-dims: a thread has DIM / 32 successive ones, of keys 2c, 2c + 1, 8 further, ....
+The 16 * WARPS keys of a step are the rows of scores^T in their order: with lane = 4 * g + c a
+thread of warp w has keys 16w + g and 16w + g + 8, and columns 2c, 2c + 1, 8 further, .... So what
+keys have of their own, scales and zero points, is in a thread's own registers. Which dims the
+products' k means is free as long as K and Q agree: a lane takes codes as they come (`dim_of`). V's
+rows are dims: a thread has two or four successive ones, of keys 2c, 2c + 1, 8 further, ....
 
-Exponentials are relative to a maximum that is raised only where scores exceed it by SLACK, as a
-power of two, which is rare after the first steps: a column's maximum over keys would take more
-than anything else, since keys are spread over all lanes. Weights times scales are kept in units
-of about the largest scale so far, else small scales would leave float16's range.
+Codes of int8 and int4 are float16 by their bits, subnormal. Keys' zero points, or the 128 that int8
+are off by, times sums of the rows of Q are one more step of k. Values are made right at once: sums
+over many keys would lose digits to what their codes are off by.
+
+A column's maximum over keys, which are spread over all lanes and warps, would take longer than all
+else. So exponentials are relative to one that is raised only where scores exceed it by more than
+SLACK, as a power of two: after the first steps that is rare. Weights times scales of values are in
+units of a power of two that is raised alike, else small scales would leave float16's range.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -43,8 +47,6 @@ from .versions import (
 )
 
 SLACK = gl.constexpr(6.0)  # weights are at most 2^6, scales of values 6 units
-
-
 # --- layouts ---------------------------------------------------------------------------------
 
 
@@ -57,13 +59,12 @@ def product_layout(COLUMNS, WARPS):
 
 @gluon.constexpr_function
 def key_words_layout(WORDS, WARPS):
-    """[16 * WARPS keys, WORDS]: a quarter of a key's words in a thread, of keys g and g + 8 of a warp."""
+    """[16 * WARPS keys, WORDS]: a thread has a quarter of the words of a warp's keys g, g + 8."""
     own = WORDS // 4
     bits = own.bit_length() - 1
     registers = [[0, 1 << i] for i in range(bits)] + [[8, 0]]
     lanes = [[0, own], [0, 2 * own], [1, 0], [2, 0], [4, 0]]
-    warps = powers(WARPS, 2, 0)
-    warps = [[16 * key, word] for key, word in warps]
+    warps = [[16 * warp, 0] for warp, _ in powers(WARPS, 2, 0)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * WARPS, WORDS])
 
 
@@ -84,7 +85,7 @@ def value_words_layout(KIND, DIM, WARPS):
             others.append([0, 0, word])
             word *= 2
     registers = [[1, 0, 0], [8, 0, 0]]
-    registers = registers + [[16 * key, 0, 0] for key, _, _ in powers(WARPS, 3, 0)]
+    registers = registers + [[16 * step, 0, 0] for step, _, _ in powers(WARPS, 3, 0)]
     lanes = [[2, 0, 0], [4, 0, 0], *others[:3]]
     shape = [16 * WARPS, share, word]
     return gl.DistributedLinearLayout(registers, lanes, others[3:], [], shape)
@@ -268,9 +269,7 @@ def pair_words_layout(PAIRS):
     """[PAIRS]: numbers of pairs of keys, those of a thread's values."""
     registers = [[4 * pair] for (pair,) in powers(PAIRS // 4, 1, 0)]
     warps = [[0]] * (PAIRS.bit_length() - 4)
-    return gl.DistributedLinearLayout(
-        registers, [[1], [2], [0], [0], [0]], warps, [], [PAIRS]
-    )
+    return gl.DistributedLinearLayout(registers, [[1], [2], [0], [0], [0]], warps, [], [PAIRS])
 
 
 @gluon.jit
@@ -287,8 +286,8 @@ def read_zeros(pairs, words):
 @gluon.jit
 def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
     """Scores of a step before scaling, [keys, rows]. What is decoded next is decoded while the
-    products of the piece before are under way. Zero points, or the 128 that int8 are off by, are one
-    more k, times sums of rows."""
+    products of the piece before are under way. Zero points, or the 128 that int8 are off by, are
+    one more k, times sums of rows."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, product.type.layout, 2)
     PAIRS: gl.constexpr = words.shape[1] // 8
     EACH: gl.constexpr = 2 if KIND == "int4" else 1
@@ -404,7 +403,7 @@ def attend_rows(
     PDL: gl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one key head against a part of its keys; see attend_few, whose arguments these
-    are but for K and V, which are TMA maps of [1, 64, 1, bytes] tiles of codes."""
+    are but for K and V, TMA maps of [1, 16 * WARPS, 1, bytes] tiles of codes."""
     if PDL:
         let_next_kernel_start()
     L: gl.constexpr = product_layout(ROWS, WARPS)
@@ -457,9 +456,7 @@ def attend_rows(
     )
     t_smem = q_smem
     if K_KIND != "e4m3":
-        t_smem = gl.allocate_shared_memory(
-            gl.float16, [ROWS, 16], gl.NVMMASharedLayout(32, 16, 2)
-        )
+        t_smem = gl.allocate_shared_memory(gl.float16, [ROWS, 16], gl.NVMMASharedLayout(32, 16, 2))
     if V_KIND == "int4":
         z_smem = gl.allocate_shared_memory(
             gl.float16, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -494,7 +491,7 @@ def attend_rows(
     r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
     offsets = (r // GROUP).to(gl.int64) * (q_token * 8) + (head * GROUP + r % GROUP) * (q_head * 8)
     live = (r // GROUP < q_len).expand_dims(1)
-    largest = 0.0
+    largest = gl.to_tensor(0.0)
     for panel in gl.static_range(PANELS):
         k = 32 * panel + gl.arange(0, 32, gl.SliceLayout(0, LOAD))
         where = offsets.expand_dims(1) + dim_of(k, K_KIND, DIM).expand_dims(0)
