@@ -156,8 +156,8 @@ def test_products_of_some_dozens_of_rows_run_while_codes_are_decoded(cache, q_le
     assert tile.kernel == "rows" and tile.block_m == 4 * q_len
     assert attend.count("HGMMA") == 8 + 8 + (cache != "e4m3_float8")
     assert attend.count("WARPGROUP.DEPBAR") == 4 + 4
-    assert attend.count("UTMALDG") == 2 * (2 * tile.num_stages - 1 + 2) // 2
-    assert attend.local_bytes == 0 or q_len == 16
+    assert attend.count("UTMALDG") == 2 * tile.num_stages - 1 + 2
+    assert attend.local_bytes <= 16 or q_len == 16
 
 
 def test_rows_that_fill_half_a_tile_are_served_by_wgmma():

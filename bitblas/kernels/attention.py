@@ -305,13 +305,11 @@ def _tile_for_rows(
     rows: int, kinds: Sequence[str], heads: int, multiprocessors: int, k_len: int
 ) -> Tile:
     """kinds: of K and V; heads: key heads of the whole batch."""
-    # H200, 8 x 32768 keys of 8 heads. int4: 32 rows, three blocks on a multiprocessor, 224 us;
-    # 64 rows, two, 293. Bytes spill with three blocks: 285 at 32 rows, 260 at 64 with two.
-    block_m, resident, registers = 32 if rows <= 32 else 64, 3, 168
+    block_m, resident, registers = (32, 4, 128) if rows <= 32 else (64, 3, 168)
     blocks = -(-rows // block_m) * heads
     splits = _parts(resident * multiprocessors // blocks, k_len, 64)
-    slots = 6 if set(kinds) == {"int4"} else 3
-    return Tile(block_m, 64, 4, slots, splits, "rows", registers)
+    stages = 4 if set(kinds) == {"int4"} else 2  # 32 KiB
+    return Tile(block_m, 64, 4, stages, splits, "rows", registers)
 
 
 def _takes_words(operands: Operands, arch: int) -> bool:
