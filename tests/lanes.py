@@ -295,12 +295,6 @@ def e4m3_in_order(x: np.ndarray) -> np.ndarray:
     return torch.from_numpy(x[..., None].view(np.int8)).view(torch.float8_e4m3fn).float().numpy()
 
 
-def offset_bytes(x: np.ndarray) -> np.ndarray:
-    """Registers of bytes 0, 2 and 1, 3."""
-    codes = x[..., None].view(np.int8).astype(np.float32) + 128
-    return np.stack((codes[..., ::2], codes[..., 1::2]), -2) * 2.0**-24
-
-
 def nibbles(x: np.ndarray, high: bool) -> np.ndarray:
     """Registers of bytes 0, 2 and 1, 3."""
     codes = x[..., None].view(np.uint8) & (0xF0 if high else 15)
@@ -352,11 +346,10 @@ def powers(*_: Any) -> list[Any]:
 
 
 INSTRUCTIONS = {  # the first whose name occurs in the text
-    "mov.b32 m, 0x00FF00FF": key_codes(offset_bytes),
-    "mov.b32 m, 0x000F000F": key_codes(lambda x: nibbles(x, False)),
-    "mov.b32 m, 0x00F000F0": key_codes(lambda x: nibbles(x, True)),
-    "mul.f16x2": lambda x, y: Tensor(x.data * y.data),
+    "c, 0x64806480; xor.b32 u, $4": key_codes(register_pairs(bytes_in_order)),
     "{ .reg .b16 l, h; mov.b32 {l, h}, $4": key_codes(register_pairs(e4m3_in_order)),
+    "shr.b32 u, $4, 8; and.b32 $0, $4, 0x000F000F": key_codes(lambda x: nibbles(x, False)),
+    "shr.b32 u, $4, 8; and.b32 $0, $4, 0x00F000F0": key_codes(lambda x: nibbles(x, True)),
     "{ .reg .b32 u, c, x; ": value_codes(bytes_in_order, 0),
     "{ .reg .b16 l, h; .reg .b32 x; ": value_codes(e4m3_in_order, 0),
     "{ .reg .b32 x, y; ": value_codes(centred_nibbles, 3),

@@ -7,9 +7,9 @@ is decoded once for all rows of a tile, into the registers from which wgmma take
     sums^T += V^T weights^T   rows are dims, columns the same
 
 Through shared memory, whose bandwidth is what tiles of decoded codes would be short of, go but the
-codes, which TMA copies into rings of some steps, Q, and the weights. A block takes a step of keys
-after the other; what hides its waits is the other blocks on the multiprocessor, for which registers
-are kept few.
+codes, which TMA copies into a ring of steps, Q, and the weights. A block takes a step of keys after
+the other; what hides its waits is the other blocks on the multiprocessor, for which registers are
+kept few.
 
 The 16 * WARPS keys of a step are the rows of scores^T in their order: with lane = 4 * g + c a
 thread of warp w has keys 16w + g and 16w + g + 8, and columns 2c, 2c + 1, 8 further, .... So what
@@ -17,14 +17,14 @@ keys have of their own, scales and zero points, is in a thread's own registers. 
 products' k means is free as long as K and Q agree: a lane takes codes as they come (`dim_of`). V's
 rows are dims: a thread has two or four successive ones, of keys 2c, 2c + 1, 8 further, ....
 
-Codes of int8 and int4 are float16 by their bits, subnormal. Keys' zero points, or the 128 that int8
-are off by, times sums of the rows of Q are one more step of k. Values are made right at once: sums
-over many keys would lose digits to what their codes are off by.
+Codes of int4 are float16 by their bits, subnormal. Keys' zero points times sums of the rows of Q
+are one more step of k; those of values are taken off at once, as sums over many keys would lose
+digits to what their codes are off by.
 
 A column's maximum over keys, which are spread over all lanes and warps, would take longer than all
 else. So exponentials are relative to one that is raised only where scores exceed it by more than
 SLACK, as a power of two: after the first steps that is rare. Weights times scales of values are in
-units of a power of two that is raised alike, else small scales would leave float16's range.
+units of about the largest scale, raised alike, else small scales would leave float16's range.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -32,7 +32,7 @@ units of a power of two that is raised alike, else small scales would leave floa
 
 from __future__ import annotations
 
-from .attention_decode_kernels import TINY, log2, of_head, power_of_two, unpack_halves
+from .attention_decode_kernels import TINY, log2, power_of_two
 from .device import keep_loads_here, let_next_kernel_start, powers, take
 from .versions import (
     fence_async_shared,
@@ -46,7 +46,10 @@ from .versions import (
     warpgroup_mma_wait,
 )
 
-SLACK = gl.constexpr(6.0)  # weights are at most 2^6, scales of values 6 units
+SLACK = gl.constexpr(8.0)  # weights are at most 2^8
+SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
+
+
 # --- layouts ---------------------------------------------------------------------------------
 
 
@@ -95,14 +98,12 @@ def value_words_layout(KIND, DIM, WARPS):
 def dim_of(k, KIND: gl.constexpr, DIM: gl.constexpr):
     """The dim that the products' k means, in the order of key_operand's pieces."""
     c = k // 2 % 4
-    if KIND == "e4m3":
-        within = k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
-    else:
-        within = k // 16 % 2 * 4 + k // 8 % 2 + k % 2 * 2
+    within = k // 16 % 2 * 4
     if KIND == "int4":
+        within += k // 8 % 2 + k % 2 * 2
         return k // 32 % 2 * (DIM // 2) + c * (DIM // 8) + k // 64 * 8 + within
     else:
-        return c * (DIM // 4) + k // 32 * 8 + within
+        return c * (DIM // 4) + k // 32 * 8 + within + k // 8 % 2 * 2 + k % 2
 
 
 # --- codes to operands -----------------------------------------------------------------------
@@ -129,19 +130,17 @@ def e4m3_asm(first, x):
 @gluon.constexpr_function
 def key_asm(KIND, high):
     """Two words' codes; of int4, low or high nibbles."""
+    if KIND == "int8":
+        text = "{ .reg .b32 u, c; mov.b32 c, 0x64806480; "
+        return text + bytes_asm(0, "$4") + bytes_asm(2, "$5") + "}"
     if KIND == "e4m3":
         return "{ .reg .b16 l, h; " + e4m3_asm(0, "$4") + e4m3_asm(2, "$5") + "}"
-    # float16 that are 2^-24 as large as code + 128 or nibble, subnormal; high nibbles are 16 times
-    # as large
-    flip = "0"
+    # float16 that are 2^-24 as large as the codes, subnormal; high nibbles 16 times as large
     mask = "0x00F000F0" if high else "0x000F000F"
-    if KIND == "int8":
-        mask, flip = "0x00FF00FF", "0x00800080"
-    text = f"{{ .reg .b32 u, m, f; mov.b32 m, {mask}; mov.b32 f, {flip}; "
+    text = "{ .reg .b32 u; "
     for word in range(2):
         x, o = f"${4 + word}", 2 * word
-        text += f"shr.b32 u, {x}, 8; "
-        text += f"lop3.b32 ${o}, {x}, m, f, 0x6A; lop3.b32 ${o + 1}, u, m, f, 0x6A; "
+        text += f"shr.b32 u, {x}, 8; and.b32 ${o}, {x}, {mask}; and.b32 ${o + 1}, u, {mask}; "
     return text + "}"
 
 
@@ -238,14 +237,12 @@ def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.c
 
 
 @gluon.jit
-def expect_copy(CODES, ready, stage, needed):
-    mbarrier.expect(ready.index(stage), CODES.block_type.nbytes, needed)
-
-
-@gluon.jit
-def start_copy(CODES, ring, ready, stage, batch, key, head, needed):
-    """Has a step's keys or values copied into a stage of their ring, if they are needed."""
-    tma_load(CODES, [batch, key, head, 0], ready.index(stage), ring.index(stage), needed)
+def start_copies(K, V, k_ring, v_ring, ready, stage, batch, key, head, needed):
+    """Has a step's keys and their values copied into a stage of the ring, if they are needed."""
+    barrier = ready.index(stage)
+    mbarrier.expect(barrier, K.block_type.nbytes + V.block_type.nbytes, needed)
+    tma_load(K, [batch, key, head, 0], barrier, k_ring.index(stage), needed)
+    tma_load(V, [batch, key, head, 0], barrier, v_ring.index(stage), needed)
 
 
 @gluon.jit
@@ -253,13 +250,11 @@ def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr, WARPS: gl.co
     """[keys, threads that share a word, words] of a stage."""
     L: gl.constexpr = value_words_layout(KIND, DIM, WARPS)
     KEYS: gl.constexpr = codes.shape[0]
+    words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
     if KIND == "e4m3":  # what lies behind the end may be no number
         if left < KEYS:
-            words = codes.load(gl.SliceLayout(1, L))
-            n = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(1, L))).expand_dims(1)
-            codes.store(gl.where(n < left, words, 0))
-            thread_barrier()
-    words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
+            n = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+            words = gl.where(n.expand_dims(1).expand_dims(2) < left, words, 0)
     all = gl.full([KEYS, 8 * WARPS // words.shape[2], words.shape[2]], 0, gl.int32, L)
     return gl.broadcast(words, all)[0]
 
@@ -286,8 +281,7 @@ def read_zeros(pairs, words):
 @gluon.jit
 def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
     """Scores of a step before scaling, [keys, rows]. What is decoded next is decoded while the
-    products of the piece before are under way. Zero points, or the 128 that int8 are off by, are
-    one more k, times sums of rows."""
+    products of the piece before are under way. Zero points are one more k, times sums of rows."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, product.type.layout, 2)
     PAIRS: gl.constexpr = words.shape[1] // 8
     EACH: gl.constexpr = 2 if KIND == "int4" else 1
@@ -300,12 +294,10 @@ def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM
         )
         if i > 0:
             product = warpgroup_mma_wait(1, deps=(product,))
-    if KIND != "e4m3":
-        z = gl.full([KEYS, 16], -128.0 / 16384.0, gl.float16, OPERAND)
-        if KIND == "int4":
-            some = (zeros * (-1.0 / 16384.0)).to(gl.float16)
-            some = gl.convert_layout(some, gl.SliceLayout(1, OPERAND), assert_trivial=True)
-            z = gl.broadcast(some.expand_dims(1), z)[0]
+    if KIND == "int4":
+        z = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
+        z = gl.convert_layout(z, gl.SliceLayout(1, OPERAND), assert_trivial=True).expand_dims(1)
+        z = gl.broadcast(z, gl.full([KEYS, 16], 0.0, gl.float16, OPERAND))[0]
         product = warpgroup_mma(z, t_smem.permute((1, 0)), product, is_async=True)
     return warpgroup_mma_wait(0, deps=(product,))
 
@@ -340,11 +332,11 @@ def of_columns(x, like):
 
 @gluon.jit
 def exceeds(arg, scales, unit):
-    """[warps, 32]: whether any of a warp's weights or scales is too large."""
+    """[warps, 32]: whether any of its weights or scales is too large."""
     top = gl.max(gl.max(gl.max(of_thread(arg), axis=5), axis=3), axis=1)  # [warps, 8, 4]
     wide = gl.max(gl.abs(scales).reshape([scales.shape[0] // 16, 2, 8]), axis=1)
     wide = gl.convert_layout(wide, gl.SliceLayout(2, top.type.layout), assert_trivial=True)
-    found = (top > SLACK) | (wide.expand_dims(2) > SLACK * unit)
+    found = (top > SLACK) | (wide.expand_dims(2) > SCALE_SLACK * unit)
     found = gl.inline_asm_elementwise(
         "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [found.to(gl.int32)], dtype=gl.int32,
         is_pure=True, pack=1,
@@ -353,35 +345,18 @@ def exceeds(arg, scales, unit):
 
 
 @gluon.jit
-def scaled(weights, scales):
-    """Weights as float16, times their keys' scales."""
-    x = weights.to(gl.float16)
-    y = gl.broadcast(scales.to(gl.float16).expand_dims(1), x)[0]
-    return gl.inline_asm_elementwise(
-        "mul.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.float16, is_pure=True, pack=2
-    )  # fmt: skip
+def load_keys_numbers(pointer, left, KEYS: gl.constexpr, L: gl.constexpr):
+    """What a step's keys have one of each; zeros behind those that are left."""
+    n = gl.arange(0, KEYS, gl.SliceLayout(1, L))
+    return gl.load(pointer + n, mask=n < left, other=0)
 
 
 @gluon.jit
-def step_keys(first, last, KEYS: gl.constexpr, L: gl.constexpr):
-    """A step's keys; the last one in place of those behind it."""
-    return gl.minimum(first + gl.arange(0, KEYS, gl.SliceLayout(1, L)), last)
-
-
-@gluon.jit
-def load_numbers(pointers, keys):
-    """Words that hold what keys have one of each, of two keys: of 16-bit numbers the compiler would
-    make such words itself, and wait for the loads then."""
+def load_numbers(pointers, first, left, KEYS: gl.constexpr, L: gl.constexpr):
     result = ()
     for i in gl.static_range(len(pointers)):
-        result = result + (gl.load(pointers[i] + keys // 2),)
+        result = result + (load_keys_numbers(pointers[i] + first, left, KEYS, L),)
     return result
-
-
-@gluon.jit
-def number(word, keys, BF16: gl.constexpr):
-    low, high = unpack_halves(word, BF16)
-    return gl.where(keys % 2 == 0, low, high)
 
 
 @gluon.jit
@@ -422,12 +397,8 @@ def attend_rows(
         length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
     wide_batch = batch.to(gl.int64)
     Q += wide_batch * (q_batch * 8)
-    K_SCALE = of_head(K_SCALE, wide_batch, head, ks_batch, ks_head, 2)
-    V_SCALE = of_head(V_SCALE, wide_batch, head, vs_batch, vs_head, 2)
-    if K_KIND == "int4":
-        K_ZEROS = of_head(K_ZEROS, wide_batch, head, ks_batch, ks_head, 2)
-    if V_KIND == "int4":
-        V_ZEROS = of_head(V_ZEROS, wide_batch, head, vs_batch, vs_head, 2)
+    k_offset = wide_batch * (ks_batch * 4) + head * (ks_head * 4)
+    v_offset = wide_batch * (vs_batch * 4) + head * (vs_head * 4)
 
     last = length  # one behind the last key that a row of this tile sees
     all_see = length
@@ -455,36 +426,29 @@ def attend_rows(
         v_ring, gl.int32, [STAGES, KEYS, V_WORDS], gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
     )
     t_smem = q_smem
-    if K_KIND != "e4m3":
+    if K_KIND == "int4":
         t_smem = gl.allocate_shared_memory(gl.float16, [ROWS, 16], gl.NVMMASharedLayout(32, 16, 2))
     if V_KIND == "int4":
         z_smem = gl.allocate_shared_memory(
             gl.float16, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])
         )
         z_pairs = reinterpret(z_smem, gl.int32, [KEYS // 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     flags = gl.allocate_shared_memory(
         gl.int32, [WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     for i in gl.static_range(STAGES):
         first = lo + i * KEYS
-        expect_copy(K, k_ready, i, first < hi)
-        start_copy(K, k_ring, k_ready, i, batch, first, head, first < hi)
-        if i < STAGES - 1:  # the last one in the first step
-            expect_copy(V, v_ready, i, first < hi)
-            start_copy(V, v_ring, v_ready, i, batch, first, head, first < hi)
-    pointers = (K_SCALE, V_SCALE)
+        start_copies(K, V, k_ring, v_ring, ready, i, batch, first, head, first < hi)
+    pointers = (K_SCALE + k_offset, V_SCALE + v_offset)
     if K_KIND == "int4":
-        pointers = pointers + (K_ZEROS,)
+        pointers = pointers + (K_ZEROS + k_offset,)
     if V_KIND == "int4":
-        pointers = pointers + (V_ZEROS,)
-    last = gl.maximum(hi - 1, 0)
-    numbers = load_numbers(pointers, step_keys(lo, last, KEYS, L))
+        pointers = pointers + (V_ZEROS + v_offset,)
+    numbers = load_numbers(pointers, lo, hi - lo, KEYS, L)
 
     # the tile's rows as float16, times a power of two that brings the largest element near 2^8
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
@@ -510,7 +474,7 @@ def attend_rows(
             q = gl.where(d < DIM // 2, q, q * 0.0625)
         q_smem.index(panel).store(q.to(gl.float16))
     back = SCALE / factor
-    if K_KIND != "e4m3":
+    if K_KIND == "int4":
         back = back * 16777216.0
         # sums of rows as two float16, with which zero points are multiplied, 2^-14 as large
         total = total * (1.0 / 1024.0)
@@ -531,50 +495,42 @@ def attend_rows(
     zero = gl.zeros([KEYS, ROWS], gl.float32, L)
     norm = gl.sum(of_thread(zero), axis=1)
     shift_smem.store(gl.zeros([ROWS], gl.float32, COLUMNS))
-    unit = gl.to_tensor(TINY)  # a power of two from the first step on
+    unit = gl.to_tensor(TINY)
     inverse = 1.0 / unit
     stage = 0
     phase = 0
     fence_async_shared()
-    thread_barrier()
+    thread_barrier()  # else the compiler has one in each step
     for first in range(lo, hi, KEYS):
-        mbarrier.wait(k_ready.index(stage), phase)
+        mbarrier.wait(ready.index(stage), phase)
         words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
-        keys = step_keys(first, last, KEYS, L)
-        key_zeros = keys
-        if K_KIND == "int4":
-            key_zeros = number(numbers[2], keys, BF16)
+        LAST: gl.constexpr = len(numbers) - 1  # zero points of values, if there are any
+        key_zeros = numbers[2 if K_KIND == "int4" else 0]
         scores = multiply_keys(words, key_zeros, q_smem, t_smem, zero, K_KIND, DIM)
-        key_scales = (number(numbers[0], keys, BF16) * back).expand_dims(1)
-        scales = number(numbers[1], keys, BF16)
+        key_scales = (numbers[0].to(gl.float32) * back).expand_dims(1)
+        scales = numbers[1].to(gl.float32)
         arg = gl.fma(scores, key_scales, shift_smem.load(COLUMNS).expand_dims(0))
         if first + KEYS > all_see:
             n = first + gl.arange(0, KEYS, OF_KEYS)
             limits = limits_smem.load(COLUMNS)
             arg = gl.where(n.expand_dims(1) < limits.expand_dims(0), arg, float("-inf"))
-        # these keys, and the values of the step before, have been read by all after this barrier
-        before = gl.where(stage == 0, STAGES, stage) - 1
-        keys_later = first + STAGES * KEYS
-        values_later = keys_later - KEYS
         flags.store(exceeds(arg, scales, unit))
-        expect_copy(K, k_ready, stage, keys_later < hi)
-        expect_copy(V, v_ready, before, values_later < hi)
         fence_async_shared()
-        thread_barrier()
-        start_copy(K, k_ring, k_ready, stage, batch, keys_later, head, keys_later < hi)
-        start_copy(V, v_ring, v_ready, before, batch, values_later, head, values_later < hi)
         EVERY: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
         some = gl.max(flags.slice(0, 1, 1).load(EVERY).reshape([WARPS]), axis=0)
+        # the stage before this one has been read by all
+        before = gl.where(stage == 0, STAGES, stage) - 1
+        later = first + (STAGES - 1) * KEYS
+        start_copies(
+            K, V, k_ring, v_ring, ready, before, batch, later, head, (first > lo) & (later < hi)
+        )
         if (some != 0) | (first == lo):
             top = gl.max(arg, axis=0)  # of keys that are seen; none may be
             rise = gl.where(first == lo, top, gl.maximum(top, 0.0))
             rise = gl.where(top == float("-inf"), 0.0, rise)
             shift_smem.store(shift_smem.load(COLUMNS) - rise)
             arg -= rise.expand_dims(0)
-            largest = gl.max(gl.abs(scales), axis=0)
-            # a power of two above, so that scales stay what they are
-            exponent = gl.minimum((largest.to(gl.int32, bitcast=True) >> 23) + 1, 253)
-            largest = gl.maximum((exponent << 23).to(gl.float32, bitcast=True), unit)
+            largest = gl.maximum(gl.max(gl.abs(scales), axis=0), unit)
             alpha = power_of_two(0.0 - gl.maximum(rise, 0.0))  # below, the first time: of zeros
             norm = norm * of_columns(alpha, norm)
             alpha = alpha * (unit / largest)
@@ -583,19 +539,19 @@ def attend_rows(
             inverse = 1.0 / unit
         weights = power_of_two(arg)
         norm += gl.sum(of_thread(weights), axis=1)
-        p_smem.store(scaled(weights, scales * inverse))
+        weights = weights * (scales * inverse).expand_dims(1)
         if V_KIND == "int4":
-            value_zeros = number(numbers[len(numbers) - 1], keys, BF16)
-            z_smem.store((value_zeros * (-1.0 / 512.0)).to(gl.float16))
+            z_smem.store((numbers[LAST].to(gl.float32) * (-1.0 / 512.0)).to(gl.float16))
+        p_smem.store(weights.to(gl.float16))
         fence_async_shared()
-        numbers = load_numbers(pointers, step_keys(first + KEYS, last, KEYS, L))
+        left = hi - first - KEYS
+        numbers = load_numbers(pointers, first + KEYS, left, KEYS, L)
         keep_loads_here()
-        mbarrier.wait(v_ready.index(stage), phase)
-        words = read_values(v_codes.index(stage), hi - first, V_KIND, DIM, WARPS)
-        zeros = words
+        words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM, WARPS)
+        value_zeros = words
         if V_KIND == "int4":
-            zeros = read_zeros(z_pairs, words)
-        sums = add_values(words, zeros, p_smem, sums, V_KIND, DIM)
+            value_zeros = read_zeros(z_pairs, words)
+        sums = add_values(words, value_zeros, p_smem, sums, V_KIND, DIM)
         stage += 1
         if stage == STAGES:
             stage = 0
