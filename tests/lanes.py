@@ -116,6 +116,10 @@ class Shared:
     def __init__(self, data: np.ndarray) -> None:
         self.data = data
 
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.reshape(shape))
 
@@ -123,8 +127,13 @@ class Shared:
         return Shared(self.data.transpose(order))
 
     def slice(self, start: int, length: int, axis: int) -> Shared:
-        assert axis == 0
-        return Shared(self.data[start : start + length])
+        return Shared(self.data[(slice(None),) * axis + (slice(start, start + length),)])
+
+    def matrix(self) -> np.ndarray:
+        return self.data
+
+    def index(self, i: Any) -> Shared:
+        return Shared(self.data[int(i)])
 
     def store(self, value: Tensor) -> None:
         self.data[...] = value.data
@@ -133,22 +142,46 @@ class Shared:
         return Tensor(self.data.copy())
 
 
-class Panels(Shared):
-    """Words of shared memory [panels * rows, 32] as a matrix of panels' float16, side by side."""
+def reinterpret(words: Shared, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+    return Shared(words.data.reshape(-1).view(dtype).reshape(shape))
 
-    def __init__(self, words: Shared, shape: Sequence[int]) -> None:
-        self.words, self.rows = words.data, shape[0]
 
-    @property
-    def data(self) -> np.ndarray:  # type: ignore[override]
-        panels = self.words.view(np.float16).reshape(-1, self.rows, 64)
-        return panels.transpose(1, 0, 2).reshape(self.rows, -1)
+class Map:
+    """A TMA map."""
 
-    def permute(self, order: Sequence[int]) -> Any:
-        return SimpleNamespace(matrix=lambda: self.data.transpose(order))
+    def __init__(self, descriptor: Any) -> None:
+        self.box, self.layout = descriptor.block_shape, None
+        self.block_type = SimpleNamespace(nbytes=descriptor.base.element_size() * np.prod(self.box))
+        # raises where the shape does not fit the memory
+        self.data = descriptor.base.as_strided(descriptor.shape, descriptor.strides).numpy()
 
-    def matrix(self) -> np.ndarray:
-        return self.data
+
+class Barrier:
+    """mbarrier, for copies that are complete at once: it counts them."""
+
+    MBarrierLayout = SimpleNamespace
+
+    @staticmethod
+    def init(barrier: Shared, count: int) -> None:
+        barrier.data[:] = 0
+
+    @staticmethod
+    def expect(barrier: Shared, bytes: int, needed: Any) -> None:
+        barrier.data[:] += bool(needed)
+
+    @staticmethod
+    def wait(barrier: Shared, phase: Any, needed: Any = True) -> None:
+        count = int(barrier.data[0])
+        assert not needed or count > 0 and (count - 1) % 2 == int(phase), "would wait for ever"
+
+
+def tma_load(source: Map, where: Sequence[Any], barrier: Shared, to: Shared, needed: Any) -> None:
+    """Zeros beyond the edges."""
+    if needed:
+        starts = [int(i) for i in where]
+        found = source.data[tuple(slice(i, i + n) for i, n in zip(starts, source.box))]
+        to.data[...] = 0
+        to.data[tuple(slice(n) for n in found.shape)] = found
 
 
 # --- instructions ----------------------------------------------------------------------------
@@ -216,12 +249,6 @@ def bytes_of(x: Any) -> np.ndarray:
     return np.ascontiguousarray(x.data, np.int32)[..., None].view(np.int8)
 
 
-def halves_of_bytes(x: Any) -> list[np.ndarray]:
-    """[..., 2] float32 of the first two and of the last two bytes of a register."""
-    codes = bytes_of(x).astype(np.float32)
-    return [codes[..., :2], codes[..., 2:]]
-
-
 def prmt(x: Tensor, y: Tensor, selector: int) -> Tensor:
     both = [np.ascontiguousarray(v.data, np.int32)[..., None].view(np.uint8) for v in (x, y)]
     table = np.concatenate(np.broadcast_arrays(*both), -1)
@@ -233,6 +260,52 @@ def from_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = np.ascontiguousarray(x.data)[..., None].view(np.int8)
     values = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy()
     return register(values[..., :2]), register(values[..., 2:])
+
+
+def key_codes(values: Any) -> Any:
+    """Codes of pairs of words, along the last axis: each of the registers' two halves."""
+
+    def apply(x: Tensor) -> tuple[Tensor, ...]:
+        found = values(np.ascontiguousarray(x.data, np.int32))  # [..., 2 words, 4 or 2 registers]
+        return tuple(
+            Tensor(found[..., word, i, :].astype(np.float16)) for word in range(2) for i in range(2)
+        )
+
+    return apply
+
+
+def value_codes(values: Any, further: int) -> Any:
+    """Codes of a word, in a tensor each: all four, or the two that a selector among the further
+    operands says."""
+
+    def apply(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        found = values(np.ascontiguousarray(x.data, np.int32), *others[len(others) - further :])
+        if len(others) > further:
+            found = np.where(others[0].data[..., None] & 15 == 0, found[..., :2], found[..., 2:])
+        return tuple(Tensor(found[..., i].astype(np.float16)) for i in range(found.shape[-1]))
+
+    return apply
+
+
+def bytes_in_order(x: np.ndarray) -> np.ndarray:
+    return x[..., None].view(np.int8).astype(np.float32)
+
+
+def e4m3_in_order(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(x[..., None].view(np.int8)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def nibbles(x: np.ndarray, high: bool) -> np.ndarray:
+    """Registers of bytes 0, 2 and 1, 3."""
+    codes = x[..., None].view(np.uint8) & (0xF0 if high else 15)
+    return np.stack((codes[..., ::2], codes[..., 1::2]), -2) * 2.0**-24
+
+
+def centred_nibbles(x: np.ndarray, mask: Tensor, factor: Tensor, zeros: Tensor) -> np.ndarray:
+    """Keys are the first dimension; zeros: of both of a pair for each."""
+    codes = (x[..., None].view(np.uint8) & (mask.data[..., None] & 0xFF)) * 2.0**-24
+    zero = halves(zeros)[np.arange(len(x)), ..., np.arange(len(x)) % 2]
+    return (codes * halves(factor)[..., :1] + zero[..., None]).astype(np.float32)
 
 
 def movmatrix(x: Tensor) -> Tensor:
@@ -262,13 +335,28 @@ def load_words(count: int, pointer: Pointer, inside: Tensor) -> Any:
     return found[0] if count == 1 else found
 
 
+def register_pairs(values: Any) -> Any:
+    """Four numbers of a word -> [2 registers, 2]."""
+    return lambda x: values(x).reshape(*x.shape, 2, 2)
+
+
+def powers(*_: Any) -> list[Any]:
+    """For layouts, of which there are none here."""
+    return []
+
+
 INSTRUCTIONS = {  # the first whose name occurs in the text
+    "c, 0x64806480; xor.b32 u, $4": key_codes(register_pairs(bytes_in_order)),
+    "{ .reg .b16 l, h; mov.b32 {l, h}, $4": key_codes(register_pairs(e4m3_in_order)),
+    "shr.b32 u, $4, 8; and.b32 $0, $4, 0x000F000F": key_codes(lambda x: nibbles(x, False)),
+    "shr.b32 u, $4, 8; and.b32 $0, $4, 0x00F000F0": key_codes(lambda x: nibbles(x, True)),
+    "{ .reg .b32 u, c, x; ": value_codes(bytes_in_order, 0),
+    "{ .reg .b16 l, h; .reg .b32 x; ": value_codes(e4m3_in_order, 0),
+    "{ .reg .b32 x, y; ": value_codes(centred_nibbles, 3),
     "mma.sync.aligned.m16n8k32.row.col.s32.u8": lambda *x: integer_mma(True, *x),
     "mma.sync.aligned.m16n8k32.row.col.s32.s8": lambda *x: integer_mma(False, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16": lambda *x: mma(True, *x),
     "mma.sync.aligned.m16n8k16.row.col.f32.f16": lambda *x: mma(False, *x),
-    "lop3.b32 $0, $1, $2, $3, 0xEA": lambda x, mask, bits: Tensor(x.data & mask | bits),
-    "xor.b32 u, $2, 0x80808080": lambda x: tuple(register(h) for h in halves_of_bytes(x)),
     "prmt.b32": prmt,
     "sub.f16x2": lambda x, y: register(halves(x) - halves(y)),
     "cvt.rn.f16x2.e4m3x2": from_e4m3,
@@ -349,7 +437,7 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
     }  # fmt: skip
     return SimpleNamespace(
         **elementwise,
-        int32=np.int32, int64=np.int64, float32=np.float32, float16=np.float16,
+        int8=np.int8, int32=np.int32, int64=np.int64, float32=np.float32, float16=np.float16,
         constexpr=lambda x: x, pointer_type=lambda element: element, static_range=range,
         program_id=lambda axis: Tensor(np.int32(position[axis])),
         num_programs=lambda axis: Tensor(np.int32(grid[axis])),
@@ -367,8 +455,12 @@ def namespace(grid: Sequence[int], position: Sequence[int]) -> SimpleNamespace:
         DotOperandLayout=nothing, NVMMASharedLayout=nothing,
         max=lambda x, axis: Tensor(x.data.max(axis)),
         sum=lambda x, axis: Tensor(x.data.sum(axis)),
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(np.full(shape, np.nan, dtype)),
+        allocate_shared_memory=allocate_shared_memory,
     )  # fmt: skip
+
+
+def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
+    return Shared(np.full(shape, np.nan if dtype in (np.float16, np.float32) else 77, dtype))
 
 
 def warpgroup_mma(a: Any, b: Any, c: Tensor, use_acc: bool = True, is_async: bool = True) -> Tensor:
@@ -403,6 +495,8 @@ def run(
                 element = torch.empty(0, dtype=value.dtype).numpy().dtype.type
             start = value.storage_offset() * value.element_size()
             value = Pointer(storage.numpy(), element, start)
+        elif hasattr(value, "block_shape"):
+            value = Map(value)
         elif isinstance(value, int) and not isinstance(value, bool) and name.islower():
             value = Tensor(np.int32(value))
         given[name] = value
@@ -411,10 +505,15 @@ def run(
             "gl": namespace(grid, position),
             "gluon": SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f),
             "range": span_of_tensors,
-            "reinterpret": lambda words, dtype, shape, layout: Panels(words, shape),
+            "reinterpret": reinterpret,
+            "mbarrier": Barrier,
+            "tma_load": tma_load,
+            "powers": powers,
+            "take": lambda x, index: Tensor(x.data[..., index]),
             "warpgroup_mma": warpgroup_mma,
             "warpgroup_mma_wait": lambda _, deps: deps[0],
             "fence_async_shared": lambda: None,
+            "thread_barrier": lambda: None,
             "let_next_kernel_start": lambda: None,
             "keep_loads_here": lambda: None,
         }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import CACHES, draw
+from attention_cases import CACHES, Problem, draw
 
 import bitblas
 from bitblas import FlashAtten, QuantizedKV, quantize_kv, reference
@@ -48,6 +48,37 @@ def test_some_dozens_of_rows(k_cache, v_cache, dim):
     run(draw(q_len=33, heads=2, k_len=4001, **shape))
     run(draw(q_len=16, heads=8, k_len=1003, causal=True, **shape))
     run(draw(q_len=40, heads=8, k_len=301, lengths=[301, 35], causal=True, **shape))
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+@pytest.mark.parametrize("q_len, dim", [(8, 128), (16, 128), (32, 128), (16, 64)])
+def test_some_dozens_of_rows_whose_scores_and_scales_rise(cache, q_len, dim):
+    """Every launch gives the same bits."""
+    shape = dict(heads=8, kv_heads=2, dim=dim, caches=(cache, cache), device="cuda")
+    problem = draw(q_len=q_len, k_len=3001, causal=True, **shape)
+    rising = torch.arange(3001, device="cuda")[None, :, None]
+    problem.extras["k_scale"] *= (1 + rising / 100).half()
+    problem.extras["v_scale"] *= torch.exp2(rising / 400.0).half()
+    first = run(problem)
+    for _ in range(100):
+        assert torch.equal(run_again(problem), first)
+
+
+def run_again(problem):
+    output = torch.full_like(problem.tensors[0], float("nan"))
+    return FlashAtten(problem.config)(*problem.tensors, output, **problem.extras)
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+def test_some_dozens_of_rows_over_a_growing_cache(cache):
+    """Of one prepared call; what lies behind is no part of the tensors. And one cache for all."""
+    whole = draw(q_len=16, heads=8, k_len=1000, dim=128, caches=(cache, cache), device="cuda")
+    Q, K, V = whole.tensors
+    for k_len in (700, 1000, 801, 65):
+        extras = {name: x[:, :k_len] for name, x in whole.extras.items()}
+        run(Problem(whole.config, (Q, K[:, :k_len], V[:, :k_len]), extras))
+    same = [x[:1].expand_as(x) for x in (K, V, *whole.extras.values())]
+    run(Problem(whole.config, (Q, *same[:2]), dict(zip(whole.extras, same[2:]))))
 
 
 @pytest.mark.parametrize("cache", CACHES)

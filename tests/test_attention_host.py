@@ -82,6 +82,22 @@ def test_a_growing_cache_keeps_its_call(cuda):
     assert [arguments(x, launches[0])["k_len"] for x in steps] == [33, 40, 64]
 
 
+def test_maps_of_a_growing_cache_end_where_it_does(cuda):
+    problem = draw(1, 40, 2, 2, 1000, 64, caches=("int8", "int4"))
+    Q, K, V = problem.tensors
+    for k_len in (700, 1000, 700):
+        extras = {name: x[:, :k_len] for name, x in problem.extras.items()}
+        given = attention.Operands(Q, K[:, :k_len], V[:, :k_len], **extras)
+        assert attention.tile_for(given, 90, 132, 1024).kernel == "rows"
+        attention.run(given, torch.empty_like(Q), causal=False)
+    assert len(attention._prepared) == 1
+    found = [(x.address, x.shape, x.strides, x.box) for x in cuda.encoded]
+    assert found == [
+        (x.data_ptr(), (width, 2, k_len, 1), (width, 2 * width, width), (width, 1, 64, 1))
+        for k_len in (700, 1000, 700) for x, width in ((K, 64), (V, 32))
+    ]  # fmt: skip
+
+
 def test_misaligned_caches_are_not_for_the_kernel_that_reads_words(cuda):
     given = operands(63, offset=1, caches=("int8", "int8"))  # scales from the second on
     attention.run(given, torch.empty_like(given.Q), causal=False)

@@ -140,16 +140,19 @@ def test_integer_codes_do_not_hide_what_is_no_number(spoilt):
     assert out[0, 0, 1].isnan().all() and out[0, 0, 2:].isfinite().all()
 
 
-ROWS = attention.Tile(32, 64, 4, 1, 2, "rows")
+ROWS = attention.Tile(32, 64, 4, 2, 2, "rows")
 
 
 @pytest.mark.parametrize("cache", CACHES[1:])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("block_m", [32, 64])
+@pytest.mark.parametrize("block_m", [32, 64, 128])
 def test_rows_of_a_tile(cache, dim, dtype, block_m):
     problem = draw(2, 5, 10, 2, 203, dim, dtype, caches=(cache, cache), lengths=[203, 77])
-    problem.check(run(problem, replace(ROWS, block_m=block_m)))
+    tile = replace(ROWS, block_m=block_m)
+    if block_m == 128 and dim == 128:
+        tile = replace(tile, block_n=128, num_warps=8)
+    problem.check(run(problem, tile))
 
 
 @pytest.mark.parametrize("cache", CACHES[1:])
@@ -170,3 +173,27 @@ def test_rows_of_keys_and_values_of_different_kinds():
 def test_rows_of_tiny_values_keep_their_digits(cache):
     problem = draw(q_len=20, k_len=100, dim=64, caches=(cache, cache), value_scale=1e-4)
     problem.check(run(problem, replace(ROWS, splits=1)))
+
+
+@pytest.mark.parametrize("cache", CACHES[1:])
+def test_rows_whose_scores_and_scales_rise(cache):
+    """By far more than weights may exceed what they are relative to, step after step."""
+    problem = draw(1, 20, 2, 1, 500, 64, caches=(cache, cache), causal=True)
+    rising = torch.arange(500)[None, :, None]
+    problem.extras["k_scale"] *= (1 + rising / 20).half()
+    problem.extras["v_scale"] *= torch.exp2(rising / 64.0).half()
+    problem.check(run(problem, replace(ROWS, splits=1)))
+    problem.check(run(problem, replace(ROWS, block_m=64)))
+
+
+@pytest.mark.parametrize("spoilt", ["k_scale", "v_scale", "Q"])
+def test_rows_do_not_hide_what_is_no_number(spoilt):
+    problem = draw(1, 20, 2, 2, 100, 64, caches=("int8", "int4"))
+    if spoilt == "Q":
+        problem.tensors[0][0, 3, 0, 5] = float("inf")
+    else:
+        problem.extras[spoilt][0, 50, 0] = float("nan")
+    out = run(problem, ROWS)
+    assert out[0, 3, 0].isnan().all() and out[0, :, 1].isfinite().all()
+    if spoilt == "Q":
+        assert out[0, 4:].isfinite().all()

@@ -141,7 +141,7 @@ def _words_launch(
     tile: Tile, grid: tuple[int, ...],
 ) -> Launch:  # fmt: skip
     """attend_rows, attend_few or attend_codes in place of attend: words for elements, the stride of
-    tokens known."""
+    tokens known; attend_rows has TMA maps of the codes."""
     from . import attention_codes_kernels as codes_kernels
     from . import attention_decode_kernels as decode_kernels
     from . import attention_rows_kernels as rows_kernels
@@ -162,12 +162,30 @@ def _words_launch(
         function = codes_kernels.attend_codes
     elif tile.kernel == "rows":
         function = rows_kernels.attend_rows
-        shape = {"HALVES": tile.block_m // 32, "LATE": tile.block_m == 32}
+        shape = {"ROWS": tile.block_m, "WARPS": tile.num_warps, "STAGES": tile.num_stages}
+        for name in ("K", "V"):
+            arguments[name] = _codes_map(arguments[name], arguments["k_len"], tile.block_n)
+            del constants[f"{name}_TOKEN"]
+            for stride in ("batch", "head"):
+                del arguments[f"{name.lower()}_{stride}"]
     else:
         function = decode_kernels.attend_few
         shape |= {"HALVES": tile.block_m // 8, "AHEAD": tile.num_stages > 1}
     options = {"maxnreg": tile.registers} if tile.registers else {}
     return Launch(function, grid, arguments, constants | shape, tile.num_warps, 1, options)
+
+
+def _codes_map(codes: torch.Tensor, tokens: int | Varying, count: int) -> Any:
+    """The map by which `count` tokens of a head are copied at a time; there are so many of them."""
+    from .versions import TensorDescriptor, gl
+
+    width = codes.shape[3]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=4)
+    strides = [s if n > 1 else width for n, s in zip(codes.shape, codes.stride())]
+    strides[3] = 1
+    found = TensorDescriptor(codes, list(codes.shape), strides, [1, count, 1, width], layout)
+    found.shape[1] = tokens
+    return found
 
 
 def expand_launch(
@@ -219,7 +237,7 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
         kind = max(kinds, key=list(_FEW).index)
         return _tile_for_few(rows, dim, kind, heads, multiprocessors, k_len)
     if "dense" not in kinds and arch == 90 and dim <= 128 and _takes_words(operands, arch):
-        return _tile_for_rows(rows, kinds, kv_heads * batch, multiprocessors, k_len)
+        return _tile_for_rows(rows, dim, kinds, kv_heads * batch, multiprocessors, k_len)
     if arch < 90:  # no wgmma; 99 KiB of shared memory on sm_89
         tile = Tile(64, 32, 8, 2) if dim > 128 or quantised else Tile(128, 64, 8, 2)
     elif quantised and dim > 128:
@@ -284,16 +302,26 @@ def _tile_for_codes(
 
 
 def _tile_for_rows(
-    rows: int, kinds: Sequence[str], heads: int, multiprocessors: int, k_len: int
+    rows: int, dim: int, kinds: Sequence[str], heads: int, multiprocessors: int, k_len: int
 ) -> Tile:
     """kinds: of K and V; heads: key heads of the whole batch."""
-    # H200, 8 x 32768 keys of 8 heads. int4: 32 rows, three blocks on a multiprocessor, 224 us;
-    # 64 rows, two, 293. Bytes spill with three blocks: 285 at 32 rows, 260 at 64 with two.
-    few = rows <= 32 and "int4" in kinds
-    block_m, resident, registers = (32, 3, 168) if few else (64, 2, 255)
+    # H200, 8 x 32768 keys of 8 heads. 32 rows: 157, 154, 142 us (int8, e4m3, int4) with four blocks
+    # on a multiprocessor, 163, 159, 152 with three. 64: 228, 226, 244 with three, 230, 248, 227
+    # with two. 128: 401, 400, 436 in tiles of 64, 402, 446, 418 in one of 128.
+    int4 = "int4" in kinds
+    block_m, warps, resident, registers = 64, 4, 3, 168
+    if rows <= 32:
+        block_m, resident, registers = 32, 4, 128
+    elif int4 and dim == 128 and -(-rows // 64) % 2 == 0:
+        block_m, warps, resident, registers = 128, 8, 1, 255
+    elif int4:
+        resident, registers = 2, 255
+    stages = {4: 2, 3: 3, 2: 4, 1: 4}[resident]
+    if set(kinds) == {"int4"}:  # half as large
+        stages = 2 * stages - (resident > 1)
     blocks = -(-rows // block_m) * heads
-    splits = _parts(resident * multiprocessors // blocks, k_len, 64)
-    return Tile(block_m, 64, 4, 1, splits, "rows", registers)
+    splits = _parts(resident * multiprocessors // blocks, k_len, 16 * warps)
+    return Tile(block_m, 16 * warps, warps, stages, splits, "rows", registers)
 
 
 def _takes_words(operands: Operands, arch: int) -> bool:

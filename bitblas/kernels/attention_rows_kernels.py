@@ -1,20 +1,30 @@
 """Device code of attention with some dozens of rows over quantised caches: Gluon, Hopper.
 
-Such calls have too much arithmetic for mma.sync and too little for decoding to be free: a code is
-decoded once for all rows of a tile, to float16 in shared memory, while the matrix unit works:
+Such calls have too much arithmetic for mma.sync and too little for decoding to be free. So a code
+is decoded once for all rows of a tile, into the registers from which wgmma takes its row operand:
 
-    K[i] in shared memory                            codes of K[i+1], V[i] in registers
-    scores = Q K[i]^T        meanwhile V[i] is decoded, V[i+1] loaded
-    weights of the scores
-    sums += weights V[i]     meanwhile K[i+1] is decoded, K[i+2] loaded
+    scores^T = K Q^T          rows are keys, columns the tile's rows of Q
+    sums^T += V^T weights^T   rows are dims, columns the same
 
-A warpgroup's products have 64 rows, of which a thread has two: g and g + 8 of its warp, the first
-and second half here, [4 warps, 8] rows each. Up to 32 rows are all in the first half (HALVES = 1),
-so that nothing is computed for what is not there but products.
+Through shared memory, whose bandwidth is what tiles of decoded codes would be short of, go but the
+codes, which TMA copies into a ring of steps, Q, and the weights. A block takes a step of keys after
+the other; what hides its waits is the other blocks on the multiprocessor, for which registers are
+kept few.
 
-Dims are in the order in which threads that read 16 bytes of a cache each store their values without
-bank conflicts, keys in the one in which a thread's columns of scores are four times four successive
-ones: so it reads what belongs to them, which is prepared once for all rows, in few pieces.
+The 16 * WARPS keys of a step are the rows of scores^T in their order: with lane = 4 * g + c a
+thread of warp w has keys 16w + g and 16w + g + 8, and columns 2c, 2c + 1, 8 further, .... So what
+keys have of their own, scales and zero points, is in a thread's own registers. Which dims the
+products' k means is free as long as K and Q agree: a lane takes codes as they come (`dim_of`). V's
+rows are dims: a thread has two or four successive ones, of keys 2c, 2c + 1, 8 further, ....
+
+Codes of int4 are float16 by their bits, subnormal. Keys' zero points times sums of the rows of Q
+are one more step of k; those of values are taken off at once, as sums over many keys would lose
+digits to what their codes are off by.
+
+A column's maximum over keys, which are spread over all lanes and warps, would take longer than all
+else. So exponentials are relative to one that is raised only where scores exceed it by more than
+SLACK, as a power of two: after the first steps that is rare. Weights times scales of values are in
+units of about the largest scale, raised alike, else small scales would leave float16's range.
 """
 
 # Gluon gives these functions' parameters their types.
@@ -22,594 +32,548 @@ ones: so it reads what belongs to them, which is prepared once for all rows, in 
 
 from __future__ import annotations
 
-from .attention_decode_kernels import (
-    TINY,
-    from_e4m3,
-    log2,
-    of_head,
-    power_of_two,
-    subtract_halves,
-    unpack_halves,
-)
-from .device import keep_loads_here, let_next_kernel_start
+from .attention_decode_kernels import TINY, log2, power_of_two
+from .device import keep_loads_here, let_next_kernel_start, powers, take
 from .versions import (
     fence_async_shared,
     gl,
     gluon,
+    mbarrier,
     reinterpret,
+    thread_barrier,
+    tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-KEYS = gl.constexpr(64)  # of a step
+SLACK = gl.constexpr(8.0)  # weights are at most 2^8
+SCALE_SLACK = gl.constexpr(16.0)  # and scales of values at most so many units
 
 
 # --- layouts ---------------------------------------------------------------------------------
 
 
 @gluon.constexpr_function
-def product_layout(COLUMNS):
+def product_layout(COLUMNS, WARPS):
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 16]
     )
 
 
 @gluon.constexpr_function
-def words_layout(PIECES):
-    """[64 keys, PIECES * 4 words], 16 bytes of a key in a thread."""
-    bases = [[0, 4 << i] for i in range(PIECES.bit_length() - 1)] + [[1 << i, 0] for i in range(6)]
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], *bases[7:]], bases[:5], bases[5:7], [], [64, PIECES * 4]
-    )
+def key_words_layout(WORDS, WARPS):
+    """[16 * WARPS keys, WORDS]: a thread has a quarter of the words of a warp's keys g, g + 8."""
+    own = WORDS // 4
+    bits = own.bit_length() - 1
+    registers = [[0, 1 << i] for i in range(bits)] + [[8, 0]]
+    lanes = [[0, own], [0, 2 * own], [1, 0], [2, 0], [4, 0]]
+    warps = [[16 * warp, 0] for warp, _ in powers(WARPS, 2, 0)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * WARPS, WORDS])
 
 
 @gluon.constexpr_function
-def pairs_layout():
-    """[32] of two keys each, in every warp."""
-    return gl.BlockedLayout([1], [32], [4], [0])
-
-
-@gluon.constexpr_function
-def columns_layout():
-    """[64 keys]: those of a thread's columns of scores."""
-    return gl.DistributedLinearLayout(
-        [[1], [2], [16], [32]], [[4], [8], [0], [0], [0]], [[0], [0]], [], [64]
-    )
+def value_words_layout(KIND, DIM, WARPS):
+    """[16 * WARPS keys, threads that share a word, words]: a word of a thread's keys, whose warp
+    and g are what the dims are in the order of. Where threads have two dims two share a word, one
+    takes the first bytes and one the last; of int4 two warps, one takes low nibbles, one high ones.
+    """
+    bits = 3 + WARPS.bit_length() - 1
+    others = []  # of g and the warp
+    share, word = 1, 1
+    for bit in range(bits):
+        if bit == 0 and DIM == 16 * WARPS or bit == bits - 1 and KIND == "int4":
+            others.append([0, share, 0])
+            share *= 2
+        else:
+            others.append([0, 0, word])
+            word *= 2
+    registers = [[1, 0, 0], [8, 0, 0]]
+    registers = registers + [[16 * step, 0, 0] for step, _, _ in powers(WARPS, 3, 0)]
+    lanes = [[2, 0, 0], [4, 0, 0], *others[:3]]
+    shape = [16 * WARPS, share, word]
+    return gl.DistributedLinearLayout(registers, lanes, others[3:], [], shape)
 
 
 @gluon.jit
-def key_of(n):
-    """The key of a step that column n of the scores is."""
-    return n // 16 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
-
-
-@gluon.jit
-def dim_of(p, KIND: gl.constexpr, DIM: gl.constexpr):
-    """The dim that is p-th in shared memory: as in_order has them."""
-    PART: gl.constexpr = DIM // 2 if KIND == "int4" else DIM
-    if KIND == "int4":  # of a word's bytes the second and third change places
-        p = p // 4 * 4 + p % 2 * 2 + p // 2 % 2
-    if PART >= 128:
-        return p // 128 * 128 + p // 8 % 8 * 16 + p // 64 % 2 * 8 + p % 8
+def dim_of(k, KIND: gl.constexpr, DIM: gl.constexpr):
+    """The dim that the products' k means, in the order of key_operand's pieces."""
+    c = k // 2 % 4
+    within = k // 16 % 2 * 4
+    if KIND == "int4":
+        within += k // 8 % 2 + k % 2 * 2
+        return k // 32 % 2 * (DIM // 2) + c * (DIM // 8) + k // 64 * 8 + within
     else:
-        return p
+        return c * (DIM // 4) + k // 32 * 8 + within + k // 8 % 2 * 2 + k % 2
 
 
-@gluon.jit
-def in_order(x, PART: gl.constexpr):
-    """[64, PART / 2] words of dims -> panels of 64 dims, [PART, 32]: a thread's 16 dims are 8 of a
-    panel and 8 of the next, or 16 of one if there are no two."""
-    if PART >= 128:
-        x = x.reshape([64, PART // 128, 8, 2, 4]).permute((1, 3, 0, 2, 4))
-    return x.reshape([PART // 64 * 64, 32])
+# --- codes to operands -----------------------------------------------------------------------
 
 
-# --- loads and codes -------------------------------------------------------------------------
-
-
-PANELS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
-
-
-@gluon.jit
-def load_tile_codes(pointer, left, TOKEN: gl.constexpr, WORDS: gl.constexpr):
-    """A step's words; zeros behind the keys that are left."""
-    L: gl.constexpr = words_layout(WORDS // 4)
-    key = key_of(gl.arange(0, 64, gl.SliceLayout(1, L))).expand_dims(1)
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, L)).expand_dims(0)
-    inside = (key < left) & (word >= 0)
-    return gl.load(
-        pointer + (key * TOKEN + word), mask=inside, other=0, eviction_policy="evict_first"
+@gluon.constexpr_function
+def bytes_asm(first, x):
+    """PTX: the four codes of register x as float16 in operands first and first + 1."""
+    return (
+        f"xor.b32 u, {x}, 0x80808080; "
+        f"prmt.b32 ${first}, u, 0x64646464, 0x4140; prmt.b32 ${first + 1}, u, 0x64646464, 0x4342; "
+        f"sub.f16x2 ${first}, ${first}, c; sub.f16x2 ${first + 1}, ${first + 1}, c; "
     )
 
 
-@gluon.jit
-def load_number_pairs(pointer, left):
-    """Words of a step's scales or zero points, two in each."""
-    pair = gl.arange(0, 32, pairs_layout())
-    return gl.load(pointer + pair, mask=2 * pair < left, other=0)
+@gluon.constexpr_function
+def e4m3_asm(first, x):
+    return (
+        f"mov.b32 {{l, h}}, {x}; "
+        f"cvt.rn.f16x2.e4m3x2 ${first}, l; cvt.rn.f16x2.e4m3x2 ${first + 1}, h; "
+    )
+
+
+@gluon.constexpr_function
+def key_asm(KIND, high):
+    """Two words' codes; of int4, low or high nibbles."""
+    if KIND == "int8":
+        text = "{ .reg .b32 u, c; mov.b32 c, 0x64806480; "
+        return text + bytes_asm(0, "$4") + bytes_asm(2, "$5") + "}"
+    if KIND == "e4m3":
+        return "{ .reg .b16 l, h; " + e4m3_asm(0, "$4") + e4m3_asm(2, "$5") + "}"
+    # float16 that are 2^-24 as large as the codes, subnormal; high nibbles 16 times as large
+    mask = "0x00F000F0" if high else "0x000F000F"
+    text = "{ .reg .b32 u; "
+    for word in range(2):
+        x, o = f"${4 + word}", 2 * word
+        text += f"shr.b32 u, {x}, 8; and.b32 ${o}, {x}, {mask}; and.b32 ${o + 1}, u, {mask}; "
+    return text + "}"
+
+
+@gluon.constexpr_function
+def value_asm(KIND, count):
+    """Codes of two keys' words, side by side, in as many registers as a thread has dims; where two
+    threads share a word, of the bytes that the first of the further operands selects. Then for
+    int4, whose nibbles are subnormal at first: their mask, a factor that makes them 2^-9 of the
+    code, and the keys' zero points, negative and as small. Sums over many keys need codes that are
+    centred."""
+    a = count  # the first word
+    further = a + 4 if count == 2 else a + 2
+    selectors = [f"${a + 2}"] if count == 2 else ["0x5140", "0x7362"]
+    if KIND == "int4" and count == 4:
+        selectors = ["0x5410", "0x7632"]
+    text = {
+        "int8": "{ .reg .b32 u, c, x; mov.b32 c, 0x64806480; ",
+        "e4m3": "{ .reg .b16 l, h; .reg .b32 x; ",
+        "int4": "{ .reg .b32 x, y; ",
+    }[KIND]
+    for i, selector in enumerate(selectors):
+        o = 2 * i
+        text += f"prmt.b32 x, ${a}, ${a + 1}, {selector}; "
+        if KIND == "int8":
+            text += bytes_asm(o, "x")
+        elif KIND == "e4m3":
+            text += e4m3_asm(o, "x")
+        else:
+            text += "shr.b32 y, x, 8; "
+            for r, half in ((f"${o}", "x"), (f"${o + 1}", "y")):
+                text += f"and.b32 {r}, {half}, ${further}; "
+                text += f"fma.rn.f16x2 {r}, {r}, ${further + 2}, ${further + 4}; "
+    return text + "}"
+
+
+@gluon.constexpr_function
+def constraints(outputs, inputs):
+    return ",".join(["=&r"] * outputs + ["r"] * inputs)
 
 
 @gluon.jit
-def store_pairs(smem, low, high):
-    """The numbers of a step's keys, for load_columns."""
-    smem.store(gl.join(low, high).reshape([64]))
+def join_four(a, b, c, d):
+    """The last dimension is the lowest of what they differ in."""
+    return gl.join(gl.join(a, b), gl.join(c, d))
 
 
 @gluon.jit
-def load_columns(smem, L: gl.constexpr):
-    """[1, 1, 64] as scores have columns."""
-    x = smem.load(columns_layout()).reshape([4, 4, 2, 2]).permute((0, 2, 1, 3)).reshape([64])
-    x = gl.convert_layout(x, gl.SliceLayout(0, gl.SliceLayout(0, L)), assert_trivial=True)
+def key_operand(x, KIND: gl.constexpr, HIGH: gl.constexpr, OPERAND: gl.constexpr):
+    """[keys, 4, 2] words of lanes -> [keys, 32]."""
+    ASM: gl.constexpr = key_asm(KIND, HIGH)
+    o = gl.inline_asm_elementwise(
+        ASM, "=&r,=&r,=&r,=&r,r,r", [x], dtype=(gl.float16,) * 4, is_pure=True, pack=2
+    )
+    # of a word: which register, which half of it; then which word
+    y = join_four(o[0], o[1], o[2], o[3]).permute((0, 4, 3, 1, 2))
+    return gl.convert_layout(y.reshape([x.shape[0], 32]), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def value_operand(x, zeros, KIND: gl.constexpr, DIM: gl.constexpr, OPERAND: gl.constexpr):
+    """[16 keys, threads that share a word, words] of lanes -> [DIM, 16]. zeros: of int4, as many
+    registers for value_asm."""
+    L: gl.constexpr = x.type.layout
+    WORDS: gl.constexpr = x.shape[2]
+    NIBBLES: gl.constexpr = 2 if KIND == "int4" else 1
+    PAIRS: gl.constexpr = x.shape[1] // NIBBLES
+    THREADS: gl.constexpr = x.shape[1] * WORDS  # that have different dims
+    DIMS: gl.constexpr = DIM // THREADS
+    share = gl.arange(0, x.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    share = share.expand_dims(0).expand_dims(2)
+    operands = [x]
+    if PAIRS == 2:
+        FIRST: gl.constexpr = 0x5410 if KIND == "int4" else 0x5140
+        LAST: gl.constexpr = 0x7632 if KIND == "int4" else 0x7362
+        operands = operands + [gl.broadcast(gl.where(share % 2 == 0, FIRST, LAST), x)[0]]
+    if KIND == "int4":
+        high = share // PAIRS == 1
+        operands = operands + [gl.broadcast(gl.where(high, 0x00F000F0, 0x000F000F), x)[0]]
+        operands = operands + [gl.broadcast(gl.where(high, 0x68006800, 0x78007800), x)[0]]
+        operands = operands + [zeros]
+    o = gl.inline_asm_elementwise(
+        value_asm(KIND, DIMS), constraints(DIMS, 2 * len(operands)), operands,
+        dtype=(gl.float16,) * DIMS, is_pure=True, pack=2,
+    )  # fmt: skip
+    y = gl.join(o[0], o[1])
+    if DIMS == 4:
+        y = gl.join(y, gl.join(o[2], o[3]))
+    y = y.reshape([16, NIBBLES, PAIRS, WORDS, 2, DIMS // 2]).permute((0, 1, 3, 2, 4, 5))
+    y = y.reshape([16, THREADS // 8, 8, 2, DIMS // 2]).permute((4, 1, 3, 2, 0))
+    return gl.convert_layout(y.reshape([DIM, 16]), OPERAND, assert_trivial=True)
+
+
+# --- pieces of a step ------------------------------------------------------------------------
+
+
+@gluon.jit
+def start_copies(K, V, k_ring, v_ring, ready, stage, batch, key, head, needed):
+    """Has a step's keys and their values copied into a stage of the ring, if they are needed."""
+    barrier = ready.index(stage)
+    mbarrier.expect(barrier, K.block_type.nbytes + V.block_type.nbytes, needed)
+    tma_load(K, [batch, key, head, 0], barrier, k_ring.index(stage), needed)
+    tma_load(V, [batch, key, head, 0], barrier, v_ring.index(stage), needed)
+
+
+@gluon.jit
+def read_values(codes, left, KIND: gl.constexpr, DIM: gl.constexpr, WARPS: gl.constexpr):
+    """[keys, threads that share a word, words] of a stage."""
+    L: gl.constexpr = value_words_layout(KIND, DIM, WARPS)
+    KEYS: gl.constexpr = codes.shape[0]
+    words = codes.load(gl.SliceLayout(1, L)).expand_dims(1)
+    if KIND == "e4m3":  # what lies behind the end may be no number
+        if left < KEYS:
+            n = gl.arange(0, KEYS, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+            words = gl.where(n.expand_dims(1).expand_dims(2) < left, words, 0)
+    all = gl.full([KEYS, 8 * WARPS // words.shape[2], words.shape[2]], 0, gl.int32, L)
+    return gl.broadcast(words, all)[0]
+
+
+@gluon.constexpr_function
+def pair_words_layout(PAIRS):
+    """[PAIRS]: numbers of pairs of keys, those of a thread's values."""
+    registers = [[4 * pair] for (pair,) in powers(PAIRS // 4, 1, 0)]
+    warps = [[0]] * (PAIRS.bit_length() - 4)
+    return gl.DistributedLinearLayout(registers, [[1], [2], [0], [0], [0]], warps, [], [PAIRS])
+
+
+@gluon.jit
+def read_zeros(pairs, words):
+    """The zero points of a step's values as value_asm takes them, beside their words: both of a
+    pair of keys for each of the two."""
+    L: gl.constexpr = words.type.layout
+    x = pairs.load(pair_words_layout(pairs.shape[0]))
+    x = gl.join(x, x).reshape([words.shape[0]])
+    x = gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(2, L)), assert_trivial=True)
+    return gl.broadcast(x.expand_dims(1).expand_dims(2), words)[0]
+
+
+@gluon.jit
+def multiply_keys(words, zeros, q_smem, t_smem, product, KIND: gl.constexpr, DIM: gl.constexpr):
+    """Scores of a step before scaling, [keys, rows]. What is decoded next is decoded while the
+    products of the piece before are under way. Zero points are one more k, times sums of rows."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, product.type.layout, 2)
+    PAIRS: gl.constexpr = words.shape[1] // 8
+    EACH: gl.constexpr = 2 if KIND == "int4" else 1
+    KEYS: gl.constexpr = words.shape[0]
+    x = words.reshape([KEYS, 4, PAIRS, 2]).permute((0, 1, 3, 2))
+    for i in gl.static_range(DIM // 32):
+        a = key_operand(take(x, i // EACH), KIND, i % EACH == 1, OPERAND)
+        product = warpgroup_mma(
+            a, q_smem.index(i).permute((1, 0)), product, use_acc=i > 0, is_async=True
+        )
+        if i > 0:
+            product = warpgroup_mma_wait(1, deps=(product,))
+    if KIND == "int4":
+        z = (zeros.to(gl.float32) * (-1.0 / 16384.0)).to(gl.float16)
+        z = gl.convert_layout(z, gl.SliceLayout(1, OPERAND), assert_trivial=True).expand_dims(1)
+        z = gl.broadcast(z, gl.full([KEYS, 16], 0.0, gl.float16, OPERAND))[0]
+        product = warpgroup_mma(z, t_smem.permute((1, 0)), product, is_async=True)
+    return warpgroup_mma_wait(0, deps=(product,))
+
+
+@gluon.jit
+def add_values(words, zeros, p_smem, sums, KIND: gl.constexpr, DIM: gl.constexpr):
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, sums.type.layout, 2)
+    SHAPE: gl.constexpr = [words.shape[0] // 16, 16, words.shape[1], words.shape[2]]
+    x = words.reshape(SHAPE).permute((1, 2, 3, 0))
+    z = zeros.reshape(SHAPE).permute((1, 2, 3, 0))
+    for i in gl.static_range(words.shape[0] // 16):
+        a = value_operand(take(x, i), take(z, i), KIND, DIM, OPERAND)
+        sums = warpgroup_mma(a, p_smem.slice(16 * i, 16, 0), sums, is_async=True)
+        if i > 0:
+            sums = warpgroup_mma_wait(1, deps=(sums,))
+    return warpgroup_mma_wait(0, deps=(sums,))
+
+
+@gluon.jit
+def of_thread(x):
+    """[keys, columns] -> [warps, 2, 8 g, columns / 8, 4 c, 2]."""
+    return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def of_columns(x, like):
+    """What columns have one of each, as of_thread's sums over keys have columns."""
+    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, like.type.layout))
+    x = gl.convert_layout(x.reshape([x.shape[0] // 8, 4, 2]), L, assert_trivial=True)
     return x.expand_dims(0).expand_dims(0)
 
 
 @gluon.jit
-def warp_max(x):
-    """The largest of a warp's numbers, which are not negative."""
-    x = x.to(gl.int32, bitcast=True)
-    largest = gl.inline_asm_elementwise(
-        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
-    )  # fmt: skip
-    return largest.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def load_numbers(pointers, first: gl.constexpr, left):
-    """Words of the numbers of a step `first` keys on; left: keys from where pointers are."""
-    result = ()
-    for i in gl.static_range(len(pointers)):
-        result = result + (load_number_pairs(pointers[i] + first // 2, left - first),)
-    return result
-
-
-@gluon.jit
-def advanced(pointers, WORDS: gl.constexpr):
-    result = ()
-    for i in gl.static_range(len(pointers)):
-        result = result + (pointers[i] + WORDS,)
-    return result
-
-
-@gluon.jit
-def allocate_numbers(K_KIND: gl.constexpr, V_KIND: gl.constexpr):
-    """For what `prepare` says."""
-    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales = gl.allocate_shared_memory(gl.float32, [64], ONE)
-    result = (scales, gl.allocate_shared_memory(gl.float32, [64], ONE), scales, scales)
-    if K_KIND == "int4":
-        zeros = gl.allocate_shared_memory(gl.float32, [64], ONE)
-        result = (result[0], result[1], zeros, scales)
-    if V_KIND == "int4":
-        zeros = gl.allocate_shared_memory(gl.float32, [64], ONE)
-        result = (result[0], result[1], result[2], zeros)
-    return result + (gl.allocate_shared_memory(gl.float32, [32], ONE),)
-
-
-@gluon.jit
-def prepare(
-    numbers, smem, unit, left, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr
-):
-    """A step's numbers for `weigh`: what scores are multiplied by; the scales of values in units of
-    the largest so far; what times a query's sum is added to scores; zero points of values; the unit
-    before divided by that one, which is returned."""
-    LAST: gl.constexpr = len(smem) - 1
-    pair = 2 * gl.arange(0, 32, pairs_layout())
-    low, high = unpack_halves(numbers[0], BF16)
-    store_pairs(smem[0], low, high)
-    if K_KIND == "int4":
-        low_zero, high_zero = unpack_halves(numbers[2], BF16)
-        store_pairs(smem[2], (0.0 - low_zero) * low, (0.0 - high_zero) * high)
-    low, high = unpack_halves(numbers[1], BF16)
-    low = gl.where(pair < left, low, 0.0)
-    high = gl.where(pair + 1 < left, high, 0.0)
-    largest = warp_max(gl.maximum(unit, gl.maximum(gl.abs(low), gl.abs(high))))
-    inverse = 1.0 / largest
-    store_pairs(smem[1], low * inverse, high * inverse)
-    if V_KIND == "int4":
-        low, high = unpack_halves(numbers[len(numbers) - 1], BF16)
-        low = gl.where(pair < left, low - 8.0, 0.0)
-        high = gl.where(pair + 1 < left, high - 8.0, 0.0)
-        store_pairs(smem[3], low, high)
-    smem[LAST].store(unit * inverse)
-    return largest
-
-
-@gluon.jit
-def centred_bytes(x):
-    """A word's four codes as two registers: 1024 + 128 + code, less 1152."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 u, c; xor.b32 u, $2, 0x80808080; mov.b32 c, 0x64806480; "
-        "prmt.b32 $0, u, 0x64646464, 0x4140; prmt.b32 $1, u, 0x64646464, 0x4342; "
-        "sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c; }",
-        "=&r,=&r,r", [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def masked_or(x, MASK: gl.constexpr, BITS: gl.constexpr):
-    """x & MASK | BITS"""
-    return gl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,n,n", [x, MASK, BITS], dtype=gl.int32,
+def exceeds(arg, scales, unit):
+    """[warps, 32]: whether any of its weights or scales is too large."""
+    top = gl.max(gl.max(gl.max(of_thread(arg), axis=5), axis=3), axis=1)  # [warps, 8, 4]
+    wide = gl.max(gl.abs(scales).reshape([scales.shape[0] // 16, 2, 8]), axis=1)
+    wide = gl.convert_layout(wide, gl.SliceLayout(2, top.type.layout), assert_trivial=True)
+    found = (top > SLACK) | (wide.expand_dims(2) > SCALE_SLACK * unit)
+    found = gl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [found.to(gl.int32)], dtype=gl.int32,
         is_pure=True, pack=1,
     )  # fmt: skip
+    return found.reshape([scales.shape[0] // 16, 32])
 
 
 @gluon.jit
-def nibbles(x, CENTRED: gl.constexpr):
-    """A word's low nibbles of bytes 0, 2 and of 1, 3; its high ones, 16 times as large: as float16
-    that are 2^-24 as large, subnormal, or CENTRED: code - 8."""
-    y = x >> 8
-    if CENTRED:
-        low = gl.full(x.shape, 0x64086408, gl.int32, x.type.layout)  # 1024 + 8
-        high = gl.full(x.shape, 0x64806480, gl.int32, x.type.layout)  # 1024 + 16 * 8
-        return (
-            subtract_halves(masked_or(x, 0x000F000F, 0x64006400), low),
-            subtract_halves(masked_or(y, 0x000F000F, 0x64006400), low),
-            subtract_halves(masked_or(x, 0x00F000F0, 0x64006400), high),
-            subtract_halves(masked_or(y, 0x00F000F0, 0x64006400), high),
-        )
-    else:
-        return x & 0x000F000F, y & 0x000F000F, x & 0x00F000F0, y & 0x00F000F0
+def load_keys_numbers(pointer, left, KEYS: gl.constexpr, L: gl.constexpr):
+    """What a step's keys have one of each; zeros behind those that are left."""
+    n = gl.arange(0, KEYS, gl.SliceLayout(1, L))
+    return gl.load(pointer + n, mask=n < left, other=0)
 
 
 @gluon.jit
-def decode(words, smem, KIND: gl.constexpr, CENTRED: gl.constexpr, DIM: gl.constexpr):
-    """A step's codes -> float16 in shared memory, [DIM / 64 * 64, 32] words. CENTRED: int4 are
-    code - 8, as sums over many keys need, of which the matrix unit would lose digits else."""
-    if KIND == "int4":
-        l0, l1, h0, h1 = nibbles(words, CENTRED)
-        low = gl.join(l0, l1).reshape([64, DIM // 4])
-        high = gl.join(h0, h1).reshape([64, DIM // 4])
-        if DIM == 64:  # halves of the one panel
-            smem.store(gl.join(low, high).permute((0, 2, 1)).reshape([64, 32]))
-        else:
-            both = gl.join(in_order(low, DIM // 2), in_order(high, DIM // 2))
-            smem.store(both.permute((2, 0, 1)).reshape([DIM, 32]))
-    else:
-        if KIND == "int8":
-            first, second = centred_bytes(words)
-        else:
-            first, second = from_e4m3(words)
-        smem.store(in_order(gl.join(first, second).reshape([64, DIM // 2]), DIM))
-
-
-# --- the kernel ------------------------------------------------------------------------------
-
-
-@gluon.jit
-def halves_of(x):
-    """[64, columns] -> its rows' halves, [4, 8, columns] each."""
-    return gl.split(x.reshape([4, 2, 8, x.shape[1]]).permute((0, 2, 3, 1)))
-
-
-@gluon.jit
-def of_halves(halves, L: gl.constexpr):
-    """The inverse."""
-    x = gl.join(halves[0], halves[1]).permute((0, 3, 1, 2)).reshape([64, halves[0].shape[2]])
-    return gl.convert_layout(x, L, assert_trivial=True)
-
-
-@gluon.jit
-def as_in(x, other):
-    """Numbers of rows, [4, 8, 1], as a tensor of other columns has them."""
-    L: gl.constexpr = gl.SliceLayout(2, other.type.layout)
-    return gl.convert_layout(x.reshape([4, 8]), L, assert_trivial=True).expand_dims(2)
-
-
-@gluon.jit
-def lane_sum(x):
-    """[4, 8, 64] -> [4, 8, 4]: sums over the columns of each of the four lanes of a row."""
-    return gl.sum(gl.sum(x.reshape([4, 8, 8, 4, 2]), axis=4), axis=2)
-
-
-@gluon.jit
-def whole(sums, L: gl.constexpr):
-    """lane_sum's of halves -> [4, 8, 1] of all lanes."""
+def load_numbers(pointers, first, left, KEYS: gl.constexpr, L: gl.constexpr):
     result = ()
-    for h in gl.static_range(len(sums)):
-        x = gl.convert_layout(gl.sum(sums[h], axis=2), gl.SliceLayout(2, L), assert_trivial=True)
-        result = result + (x.expand_dims(2),)
+    for i in gl.static_range(len(pointers)):
+        result = result + (load_keys_numbers(pointers[i] + first, left, KEYS, L),)
     return result
 
 
 @gluon.jit
-def limited(scores, n, limits):
-    result = ()
-    for h in gl.static_range(len(scores)):
-        result = result + (gl.where(n < limits[h], scores[h], float("-inf")),)
-    return result
-
-
-@gluon.jit
-def weigh(
-    product, smem, rows, m, norm, zero_sums, first, all_see, K_KIND: gl.constexpr,
-    V_KIND: gl.constexpr,
-):  # fmt: skip
-    """(weights of a step's keys, zeros for a half without rows; what sums so far are to be
-    multiplied by; the new largest scores, sums of weights, and weighted sums of zero points)."""
-    totals, factors, limits = rows
-    HALVES: gl.constexpr = len(m)
-    halves = halves_of(product)
-    L: gl.constexpr = halves[0].type.layout
-    shrink = smem[len(smem) - 1].reshape([4, 8]).load(gl.SliceLayout(2, L)).expand_dims(2)
-    scales = load_columns(smem[0], L)
-    if K_KIND == "int4":
-        zeros = load_columns(smem[2], L)
-    scores = ()
-    for h in gl.static_range(HALVES):
-        if K_KIND == "int4":
-            one = gl.fma(halves[h], scales, zeros * totals[h].expand_dims(2))
-        else:
-            one = halves[h] * scales
-        scores = scores + (one,)
-    if first + KEYS > all_see:
-        n = key_of(gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(0, L))))
-        scores = limited(scores, first + n.expand_dims(0).expand_dims(0), limits)
-    value_scales = load_columns(smem[1], L)
-    if V_KIND == "int4":
-        value_zeros = load_columns(smem[3], L)
-    weights = ()
-    alphas = ()
-    tops = ()
-    new_norm = ()
-    new_zero_sums = ()
-    for h in gl.static_range(HALVES):
-        top = gl.max(scores[h], axis=2).expand_dims(2)
-        top = gl.maximum(m[h], top * factors[h])
-        shift = gl.where(top == float("-inf"), 0.0, top)
-        p = power_of_two(gl.fma(scores[h], factors[h], 0.0 - shift))
-        alpha = power_of_two(m[h] - shift)
-        new_norm = new_norm + (norm[h] * as_in(alpha, norm[h]) + lane_sum(p),)
-        alpha = alpha * shrink
-        p = p * value_scales
-        if V_KIND == "int4":
-            added = lane_sum(p * value_zeros)
-            new_zero_sums = new_zero_sums + (zero_sums[h] * as_in(alpha, added) + added,)
-        else:
-            new_zero_sums = zero_sums
-        weights = weights + (p.to(gl.float16),)
-        alphas = alphas + (alpha,)
-        tops = tops + (top,)
-    if HALVES == 1:
-        weights = weights + (gl.full([4, 8, 64], 0.0, gl.float16, L),)
-    return weights, alphas, tops, new_norm, new_zero_sums
-
-
-@gluon.jit
-def rescaled(sums, alphas, L: gl.constexpr):
-    halves = halves_of(sums)
-    result = ()
-    for h in gl.static_range(len(alphas)):
-        result = result + (halves[h] * as_in(alphas[h], halves[h]),)
-    if len(alphas) == 1:
-        result = result + (halves[1],)
-    return of_halves(result, L)
-
-
-@gluon.jit
-def row_of(tile, h, L: gl.constexpr, HALVES: gl.constexpr):
-    """[4, 8]: the row that is in each place of a half."""
-    warp = gl.arange(0, 4, gl.SliceLayout(1, L)).expand_dims(1)
-    g = gl.arange(0, 8, gl.SliceLayout(0, L)).expand_dims(0)
-    return tile * (32 * HALVES) + warp * (8 * HALVES) + h * 8 + g
-
-
-@gluon.jit
-def load_queries(
-    Q, q_smem, tile, head, q_len, q_token, q_head, GROUP: gl.constexpr, DIM: gl.constexpr,
-    K_KIND: gl.constexpr, HALVES: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """A tile's rows as float16 into shared memory, times powers of two that bring their largest
-    elements to 1 or a little above. For each half, [4, 8]: what brings scores back; the sums of
-    rows as scores have them."""
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [32 // min(32, DIM // 8), min(32, DIM // 8)],
-                                          [4, 1], [1, 0])  # fmt: skip
-    place = gl.arange(0, 64, gl.SliceLayout(1, LOAD))
-    if HALVES == 1:
-        r = tile * 32 + place // 16 * 8 + place % 8
-        live = (r // GROUP < q_len) & (place // 8 % 2 == 0)
-    else:
-        r = tile * 64 + place
-        live = r // GROUP < q_len
-    d = dim_of(gl.arange(0, DIM, gl.SliceLayout(0, LOAD)), K_KIND, DIM)
-    offsets = (r // GROUP).to(gl.int64) * q_token + (head * GROUP + r % GROUP) * q_head
-    q = gl.load(Q + (offsets.expand_dims(1) + d.expand_dims(0)), mask=live.expand_dims(1), other=0)
-    wide = q.to(gl.float32)
-    largest = gl.max(gl.abs(wide), axis=1)
-    exponent = (largest.to(gl.int32, bitcast=True) >> 23) & 255
-    factor = ((254 - gl.minimum(exponent, 253)) << 23).to(gl.float32, bitcast=True)
-    wide = wide * factor.expand_dims(1)
-    total = gl.sum(wide, axis=1)
-    if K_KIND == "int4":  # for the high nibbles
-        wide = gl.where(d.expand_dims(0) < DIM // 2, wide, wide * 0.0625)
-        total = total * (1.0 / 16777216.0)
-    q = wide.to(gl.float16)
-    back = (16777216.0 if K_KIND == "int4" else 1.0) / factor
-    q_smem.store(q)
-    backs = ()
-    totals = ()
-    for h in gl.static_range(HALVES):
-        backs = backs + (of_rows(back, h, L),)
-        totals = totals + (of_rows(total, h, L),)
-    return backs, totals
-
-
-@gluon.jit
-def of_rows(x, h: gl.constexpr, L: gl.constexpr):
-    """[64] -> [4, 8] of the h-th half, in the layout of the scores' rows."""
-    x = gl.convert_layout(x, gl.SliceLayout(1, product_layout(64)))
-    first, second = gl.split(x.reshape([4, 2, 8]).permute((0, 2, 1)))
-    if h == 0:
-        return gl.convert_layout(first, gl.SliceLayout(2, L), assert_trivial=True)
-    else:
-        return gl.convert_layout(second, gl.SliceLayout(2, L), assert_trivial=True)
-
-
-@gluon.jit
-def scaled_back(x, DIM: gl.constexpr):
-    """Sums of int4, of which those of high nibbles are 16 times as large."""
-    R: gl.constexpr = x.type.layout
-    p = gl.arange(0, DIM, gl.SliceLayout(0, gl.SliceLayout(0, R))).expand_dims(0).expand_dims(0)
-    return gl.where(p < DIM // 2, x, x * 0.0625)
-
-
-@gluon.jit
-def store_rows(
-    OUT, x, r, head, q_len, o_token, o_head, GROUP: gl.constexpr, KIND: gl.constexpr,
-    DIM: gl.constexpr,
-):  # fmt: skip
-    """r: [4, 8], the rows of x."""
-    R: gl.constexpr = x.type.layout
-    p = gl.arange(0, DIM, gl.SliceLayout(0, gl.SliceLayout(0, R))).expand_dims(0).expand_dims(0)
-    r = r.expand_dims(2)
-    pointer = OUT + (r // GROUP).to(gl.int64) * o_token + (head * GROUP + r % GROUP) * o_head
-    live = (r // GROUP < q_len) & (p >= 0)
-    gl.store(pointer + dim_of(p, KIND, DIM), x.to(OUT.dtype.element_ty), mask=live)
+def largest_of(x):
+    """The largest finite size in a tile."""
+    size = gl.abs(x)
+    size = gl.where(size < float("inf"), size, 0.0)
+    return gl.max(gl.max(size, axis=1), axis=0)
 
 
 @gluon.jit
 def attend_rows(
     Q, K, V, OUT, K_SCALE, K_ZEROS, V_SCALE, V_ZEROS, LENGTHS, LSE,
-    q_len, k_len, tiles, splits, q_batch, q_token, q_head, k_batch, k_head, v_batch, v_head,
+    q_len, k_len, tiles, splits, q_batch, q_token, q_head,
     ks_batch, ks_head, vs_batch, vs_head, o_split, o_batch, o_token, o_head,
     SCALE: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     ROW_LIMITS: gl.constexpr, K_KIND: gl.constexpr, V_KIND: gl.constexpr, BF16: gl.constexpr,
-    K_TOKEN: gl.constexpr, V_TOKEN: gl.constexpr, SPLIT: gl.constexpr, HALVES: gl.constexpr,
-    LATE: gl.constexpr, PDL: gl.constexpr,
+    SPLIT: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
-    """32 * HALVES rows of one key head against a part of its keys; see attend_few, whose arguments
-    these are. LATE: values are loaded behind the weights, half a step ahead, for fewer registers.
-    """
+    """ROWS rows of one key head against a part of its keys; see attend_few, whose arguments these
+    are but for K and V, TMA maps of [1, 16 * WARPS, 1, bytes] tiles of codes."""
     if PDL:
         let_next_kernel_start()
-    SCORES: gl.constexpr = product_layout(64)
-    SUMS: gl.constexpr = product_layout(DIM)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    L: gl.constexpr = product_layout(ROWS, WARPS)
+    KEYS: gl.constexpr = 16 * WARPS  # of a step
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, L)
+    OF_KEYS: gl.constexpr = gl.SliceLayout(1, L)
     K_WORDS: gl.constexpr = DIM // 8 if K_KIND == "int4" else DIM // 4
     V_WORDS: gl.constexpr = DIM // 8 if V_KIND == "int4" else DIM // 4
+    PANELS: gl.constexpr = DIM // 32
     tile = tiles - 1 - gl.program_id(0)
     head = gl.program_id(1)
-    batch = (gl.program_id(2) // splits).to(gl.int64)
+    batch = gl.program_id(2) // splits
     split = gl.program_id(2) % splits
     length = k_len
     if LENGTHS is not None:
         length = gl.minimum(gl.load(LENGTHS + batch).to(gl.int32), k_len)
-    Q += batch * (q_batch * 8)
-    K = of_head(K, batch, head.to(gl.int64), k_batch, k_head, 4)
-    V = of_head(V, batch, head.to(gl.int64), v_batch, v_head, 4)
-    K_SCALE = of_head(K_SCALE, batch, head, ks_batch, ks_head, 2)
-    V_SCALE = of_head(V_SCALE, batch, head, vs_batch, vs_head, 2)
-    if K_KIND == "int4":
-        K_ZEROS = of_head(K_ZEROS, batch, head, ks_batch, ks_head, 2)
-    if V_KIND == "int4":
-        V_ZEROS = of_head(V_ZEROS, batch, head, vs_batch, vs_head, 2)
+    wide_batch = batch.to(gl.int64)
+    Q += wide_batch * (q_batch * 8)
+    k_offset = wide_batch * (ks_batch * 4) + head * (ks_head * 4)
+    v_offset = wide_batch * (vs_batch * 4) + head * (vs_head * 4)
 
     last = length  # one behind the last key that a row of this tile sees
     all_see = length
     if ROW_LIMITS:
-        final = gl.minimum((tile * (32 * HALVES) + 32 * HALVES - 1) // GROUP, q_len - 1)
+        final = gl.minimum((tile * ROWS + ROWS - 1) // GROUP, q_len - 1)
         last = gl.maximum(length - q_len + 1 + final, 0)
-        all_see = length - q_len + 1 + tile * (32 * HALVES) // GROUP
+        all_see = length - q_len + 1 + tile * ROWS // GROUP
     per_split = (last + KEYS * splits - 1) // (KEYS * splits) * KEYS
     lo = split * per_split
     hi = gl.minimum(lo + per_split, last)
     all_see = gl.minimum(all_see, hi)
 
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_smem = gl.allocate_shared_memory(gl.float16, [64, DIM], TILE)
-    k_words = gl.allocate_shared_memory(gl.int32, [DIM, 32], PANELS)
-    v_words = gl.allocate_shared_memory(gl.int32, [DIM, 32], PANELS)
-    k_smem = reinterpret(k_words, gl.float16, [64, DIM], TILE).permute((1, 0))
-    v_smem = reinterpret(v_words, gl.float16, [64, DIM], TILE)
-    prepared = allocate_numbers(K_KIND, V_KIND)
-
-    left = hi - lo  # keys from here on
-    K += lo.to(gl.int64) * K_TOKEN
-    V += lo.to(gl.int64) * V_TOKEN
-    pointers = (K_SCALE + lo // 2, V_SCALE + lo // 2)
+    q_smem = gl.allocate_shared_memory(
+        gl.float16, [PANELS, ROWS, 32], gl.NVMMASharedLayout(64, 16, 2)
+    )
+    p_smem = gl.allocate_shared_memory(
+        gl.float16, [KEYS, ROWS], gl.NVMMASharedLayout(min(128, 2 * ROWS), 16, 2)
+    )
+    k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, 1, KEYS, 1, 4 * K_WORDS], K.layout)
+    v_ring = gl.allocate_shared_memory(gl.int8, [STAGES, 1, KEYS, 1, 4 * V_WORDS], V.layout)
+    k_codes = reinterpret(
+        k_ring, gl.int32, [STAGES, KEYS, K_WORDS], gl.NVMMASharedLayout(4 * K_WORDS, 32, 2)
+    )
+    v_codes = reinterpret(
+        v_ring, gl.int32, [STAGES, KEYS, V_WORDS], gl.NVMMASharedLayout(4 * V_WORDS, 32, 2)
+    )
+    t_smem = q_smem
     if K_KIND == "int4":
-        pointers = pointers + (K_ZEROS + lo // 2,)
+        t_smem = gl.allocate_shared_memory(gl.float16, [ROWS, 16], gl.NVMMASharedLayout(32, 16, 2))
     if V_KIND == "int4":
-        pointers = pointers + (V_ZEROS + lo // 2,)
-    keys = load_tile_codes(K, left, K_TOKEN, K_WORDS)
-    values = load_tile_codes(V, left, V_TOKEN, V_WORDS)
-    first_numbers = load_numbers(pointers, 0, left)
-    numbers = load_numbers(pointers, KEYS, left)
-    keep_loads_here()
+        z_smem = gl.allocate_shared_memory(
+            gl.float16, [KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )
+        z_pairs = reinterpret(z_smem, gl.int32, [KEYS // 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    flags = gl.allocate_shared_memory(
+        gl.int32, [WARPS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    for i in gl.static_range(STAGES):
+        first = lo + i * KEYS
+        start_copies(K, V, k_ring, v_ring, ready, i, batch, first, head, first < hi)
+    pointers = (K_SCALE + k_offset, V_SCALE + v_offset)
+    if K_KIND == "int4":
+        pointers = pointers + (K_ZEROS + k_offset,)
+    if V_KIND == "int4":
+        pointers = pointers + (V_ZEROS + v_offset,)
+    numbers = load_numbers(pointers, lo, hi - lo, KEYS, L)
 
-    sums = gl.zeros([64, DIM], gl.float32, SUMS)
-    zero_scores = gl.zeros([64, 64], gl.float32, SCORES)
-    L: gl.constexpr = halves_of(zero_scores)[0].type.layout
-    backs, totals = load_queries(
-        Q, q_smem, tile, head, q_len, q_token * 8, q_head * 8, GROUP, DIM, K_KIND, HALVES, L
-    )  # fmt: skip
-    factors = ()
-    limits = ()
-    m = ()
-    norm = ()
-    for h in gl.static_range(HALVES):
-        r = row_of(tile, h, gl.SliceLayout(2, L), HALVES)
-        query = r // GROUP
-        seen = gl.minimum(length - q_len + 1 + query, hi) if ROW_LIMITS else query * 0 + hi
-        limits = limits + (gl.where(query < q_len, seen, 0).expand_dims(2),)
-        factors = factors + ((backs[h] * SCALE).expand_dims(2),)
-        zero = gl.full([4, 8, 1], 0.0, gl.float32, L)
-        m = m + (zero - float("inf"),)
-        norm = norm + (lane_sum(gl.full([4, 8, 64], 0.0, gl.float32, L)),)
-    zero_sums = norm
-    rows = (totals, factors, limits)
-    unit = gl.full([32], TINY, gl.float32, pairs_layout())
-    unit = prepare(first_numbers, prepared, unit, left, K_KIND, V_KIND, BF16)
-    decode(keys, k_words, K_KIND, False, DIM)
-    keys = load_tile_codes(K + KEYS * K_TOKEN, left - KEYS, K_TOKEN, K_WORDS)
-    keep_loads_here()
+    # the tile's rows as float16, times a power of two that brings the largest element near 2^8
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
+    offsets = (r // GROUP).to(gl.int64) * (q_token * 8) + (head * GROUP + r % GROUP) * (q_head * 8)
+    live = (r // GROUP < q_len).expand_dims(1)
+    largest = gl.to_tensor(0.0)
+    for panel in gl.static_range(PANELS):
+        k = 32 * panel + gl.arange(0, 32, gl.SliceLayout(0, LOAD))
+        where = offsets.expand_dims(1) + dim_of(k, K_KIND, DIM).expand_dims(0)
+        largest = gl.maximum(
+            largest, largest_of(gl.load(Q + where, mask=live, other=0).to(gl.float32))
+        )
+    exponent = (largest.to(gl.int32, bitcast=True) >> 23) & 255
+    factor = ((262 - gl.minimum(gl.maximum(exponent, 10), 252)) << 23).to(gl.float32, bitcast=True)
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOAD))
+    for panel in gl.static_range(PANELS):
+        k = 32 * panel + gl.arange(0, 32, gl.SliceLayout(0, LOAD))
+        d = dim_of(k, K_KIND, DIM).expand_dims(0)
+        q = gl.load(Q + (offsets.expand_dims(1) + d), mask=live, other=0).to(gl.float32) * factor
+        total += gl.sum(q, axis=1)
+        if K_KIND == "int4":  # for the high nibbles
+            q = gl.where(d < DIM // 2, q, q * 0.0625)
+        q_smem.index(panel).store(q.to(gl.float16))
+    back = SCALE / factor
+    if K_KIND == "int4":
+        back = back * 16777216.0
+        # sums of rows as two float16, with which zero points are multiplied, 2^-14 as large
+        total = total * (1.0 / 1024.0)
+        large = total.to(gl.float16)
+        small = (total - large.to(gl.float32)).to(gl.float16)
+        column = gl.arange(0, 16, gl.SliceLayout(0, LOAD)).expand_dims(0)
+        none = gl.zeros([ROWS, 16], gl.float16, LOAD)
+        large = gl.where(column == 0, large.expand_dims(1), none)
+        t_smem.store(gl.where(column == 1, small.expand_dims(1), large))
+    ONE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    limits_smem = gl.allocate_shared_memory(gl.int32, [ROWS], ONE)
+    # less the maximum that exponentials are relative to, for which there are no registers
+    shift_smem = gl.allocate_shared_memory(gl.float32, [ROWS], ONE)
+    seen = length - q_len + 1 + r // GROUP if ROW_LIMITS else r * 0 + hi
+    limits_smem.store(gl.minimum(seen, hi))
+
+    sums = gl.zeros([DIM, ROWS], gl.float32, L)
+    zero = gl.zeros([KEYS, ROWS], gl.float32, L)
+    norm = gl.sum(of_thread(zero), axis=1)
+    shift_smem.store(gl.zeros([ROWS], gl.float32, COLUMNS))
+    unit = gl.to_tensor(TINY)
+    inverse = 1.0 / unit
+    stage = 0
+    phase = 0
+    fence_async_shared()
+    thread_barrier()  # else the compiler has one in each step
     for first in range(lo, hi, KEYS):
-        left = hi - first - KEYS  # of the next step
-        K += KEYS * K_TOKEN
-        V += KEYS * V_TOKEN
-        pointers = advanced(pointers, KEYS // 2)
+        mbarrier.wait(ready.index(stage), phase)
+        words = k_codes.index(stage).load(key_words_layout(K_WORDS, WARPS))
+        LAST: gl.constexpr = len(numbers) - 1  # zero points of values, if there are any
+        key_zeros = numbers[2 if K_KIND == "int4" else 0]
+        scores = multiply_keys(words, key_zeros, q_smem, t_smem, zero, K_KIND, DIM)
+        key_scales = (numbers[0].to(gl.float32) * back).expand_dims(1)
+        scales = numbers[1].to(gl.float32)
+        arg = gl.fma(scores, key_scales, shift_smem.load(COLUMNS).expand_dims(0))
+        if first + KEYS > all_see:
+            n = first + gl.arange(0, KEYS, OF_KEYS)
+            limits = limits_smem.load(COLUMNS)
+            arg = gl.where(n.expand_dims(1) < limits.expand_dims(0), arg, float("-inf"))
+        flags.store(exceeds(arg, scales, unit))
         fence_async_shared()
-        product = warpgroup_mma(q_smem, k_smem, zero_scores, use_acc=False, is_async=True)
-        decode(values, v_words, V_KIND, True, DIM)
-        if not LATE:
-            values = load_tile_codes(V, left, V_TOKEN, V_WORDS)
-            keep_loads_here()
-        product = warpgroup_mma_wait(0, deps=(product,))
-        weights, alphas, m, norm, zero_sums = weigh(
-            product, prepared, rows, m, norm, zero_sums, first, all_see, K_KIND, V_KIND
-        )  # fmt: skip
-        sums = rescaled(sums, alphas, SUMS)
+        EVERY: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+        some = gl.max(flags.slice(0, 1, 1).load(EVERY).reshape([WARPS]), axis=0)
+        # the stage before this one has been read by all
+        before = gl.where(stage == 0, STAGES, stage) - 1
+        later = first + (STAGES - 1) * KEYS
+        start_copies(
+            K, V, k_ring, v_ring, ready, before, batch, later, head, (first > lo) & (later < hi)
+        )
+        if (some != 0) | (first == lo):
+            top = gl.max(arg, axis=0)  # of keys that are seen; none may be
+            rise = gl.where(first == lo, top, gl.maximum(top, 0.0))
+            rise = gl.where(top == float("-inf"), 0.0, rise)
+            shift_smem.store(shift_smem.load(COLUMNS) - rise)
+            arg -= rise.expand_dims(0)
+            largest = gl.maximum(gl.max(gl.abs(scales), axis=0), unit)
+            alpha = power_of_two(0.0 - gl.maximum(rise, 0.0))  # below, the first time: of zeros
+            norm = norm * of_columns(alpha, norm)
+            alpha = alpha * (unit / largest)
+            sums = sums * alpha.expand_dims(0)
+            unit = largest
+            inverse = 1.0 / unit
+        weights = power_of_two(arg)
+        norm += gl.sum(of_thread(weights), axis=1)
+        weights = weights * (scales * inverse).expand_dims(1)
+        if V_KIND == "int4":
+            z_smem.store((numbers[LAST].to(gl.float32) * (-1.0 / 512.0)).to(gl.float16))
+        p_smem.store(weights.to(gl.float16))
         fence_async_shared()
-        sums = warpgroup_mma(of_halves(weights, WEIGHTS), v_smem, sums, is_async=True)
-        if LATE:
-            values = load_tile_codes(V, left, V_TOKEN, V_WORDS)
-            keep_loads_here()
-        decode(keys, k_words, K_KIND, False, DIM)
-        keys = load_tile_codes(K + KEYS * K_TOKEN, left - KEYS, K_TOKEN, K_WORDS)
-        unit = prepare(numbers, prepared, unit, left, K_KIND, V_KIND, BF16)
-        numbers = load_numbers(pointers, KEYS, left)
+        left = hi - first - KEYS
+        numbers = load_numbers(pointers, first + KEYS, left, KEYS, L)
         keep_loads_here()
-        sums = warpgroup_mma_wait(0, deps=(sums,))
+        words = read_values(v_codes.index(stage), left + KEYS, V_KIND, DIM, WARPS)
+        value_zeros = words
+        if V_KIND == "int4":
+            value_zeros = read_zeros(z_pairs, words)
+        sums = add_values(words, value_zeros, p_smem, sums, V_KIND, DIM)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
 
-    unit = gl.max(unit, 0)
-    norm = whole(norm, L)
-    zero_sums = whole(zero_sums, L)
-    found = halves_of(sums)
-    OUT += batch * o_batch
+    # columns' sums over lanes and warps
+    norm = gl.convert_layout(gl.sum(gl.sum(norm, axis=1), axis=0).reshape([ROWS]), COLUMNS)
+    if V_KIND == "int4":
+        unit = unit * 512.0
+    sums = sums * gl.where(norm > 0, unit / norm, 0.0).expand_dims(0)
+    OUT += wide_batch * o_batch
     if SPLIT:
         OUT += split.to(gl.int64) * o_split
+    x = sums.reshape([DIM // KEYS, WARPS, 2, 8, ROWS]).permute((4, 1, 3, 0, 2)).reshape([ROWS, DIM])
+    X: gl.constexpr = x.type.layout
+    r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, X)).expand_dims(1)
+    d = gl.arange(0, DIM, gl.SliceLayout(0, X)).expand_dims(0)
+    pointer = OUT + (r // GROUP).to(gl.int64) * o_token + (head * GROUP + r % GROUP) * o_head
+    gl.store(pointer + d, x.to(OUT.dtype.element_ty), mask=(r // GROUP < q_len) & (d >= 0))
+    if SPLIT:
         LSE += (split * (gl.num_programs(2) // splits) + batch) * q_len * (KV_HEADS * GROUP)
-    for h in gl.static_range(HALVES):
-        x = found[h]
-        if V_KIND == "int4":
-            x = scaled_back(x, DIM) - as_in(zero_sums[h], x)
-        x = x * as_in(gl.where(norm[h] > 0, unit / norm[h], 0.0), x)
-        store_rows(
-            OUT, x, row_of(tile, h, gl.SliceLayout(2, x.type.layout), HALVES), head, q_len,
-            o_token, o_head, GROUP, V_KIND, DIM,
-        )  # fmt: skip
-        if SPLIT:
-            r = row_of(tile, h, gl.SliceLayout(2, L), HALVES).expand_dims(2)
-            index = r // GROUP * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
-            lse = gl.where(norm[h] > 0, m[h] + log2(norm[h]), float("-inf"))
-            gl.store(LSE + index, lse, mask=r // GROUP < q_len)
+        r = tile * ROWS + gl.arange(0, ROWS, COLUMNS)
+        index = r // GROUP * (KV_HEADS * GROUP) + head * GROUP + r % GROUP
+        lse = gl.where(norm > 0, log2(norm) - shift_smem.load(COLUMNS), float("-inf"))
+        gl.store(LSE + index, lse, mask=r // GROUP < q_len)

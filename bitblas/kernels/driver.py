@@ -131,7 +131,7 @@ class Kernel:
 
 
 class TensorMap:
-    """A TMA descriptor without its address; 128 bytes, 64-byte aligned."""
+    """A TMA descriptor without its address and shape; 128 bytes, 64-byte aligned."""
 
     SIZE, ALIGNMENT = 128, 64
     _TYPES = {
@@ -144,34 +144,30 @@ class TensorMap:
     def __init__(self, metadata: dict[str, Any], descriptor: Any) -> None:
         """metadata: what the kernel expects; descriptor: Triton's or Gluon's TensorDescriptor, with
         an attribute `box` where what is loaded at a time is not what the kernel was told."""
-        rank, size = len(descriptor.shape), metadata["elem_size"]
-
-        def array(kind: Any, values: Sequence[int]) -> Any:  # the driver counts from the last
-            return (kind * rank)(*reversed(values))
-
-        strides = [size * stride for stride in descriptor.strides]
-        outer = [strides[0] * descriptor.shape[0], *strides][:rank]
+        self.rank, size = len(descriptor.shape), metadata["elem_size"]
+        strides = [size * stride for stride in descriptor.strides[:-1]]
         self._fields = (
-            rank,
-            array(ctypes.c_uint64, descriptor.shape),
-            array(ctypes.c_uint64, outer),
-            array(ctypes.c_uint32, getattr(descriptor, "box", metadata["block_size"])),
-            array(ctypes.c_uint32, [1] * rank),
+            self._array(ctypes.c_uint64, [0, *strides]),  # of which the last is left out
+            self._array(ctypes.c_uint32, getattr(descriptor, "box", metadata["block_size"])),
+            self._array(ctypes.c_uint32, [1] * self.rank),
         )
         self._type = self._TYPES.get(metadata["elem_type"], metadata["elem_type"])
         self._swizzle = metadata["swizzle"]
         self._fill = int(descriptor.padding == "nan")
 
-    def encode(self, where: int, address: int) -> None:
+    def _array(self, kind: Any, values: Sequence[int]) -> Any:
+        return (kind * self.rank)(*reversed(values))  # the driver counts from the last
+
+    def encode(self, where: int, address: int, shape: Sequence[int]) -> None:
         """Write the descriptor of a tensor at `address` to the memory at `where`."""
-        rank, shape, strides, block, steps = self._fields
+        strides, block, steps = self._fields
         cuda().call(
             "cuTensorMapEncodeTiled",
             ctypes.c_void_p(where),
             self._type,
-            rank,
+            self.rank,
             ctypes.c_void_p(address),
-            shape,
+            self._array(ctypes.c_uint64, shape),
             strides,
             block,
             steps,
@@ -180,6 +176,9 @@ class TensorMap:
             self._L2_PROMOTION_128B,
             self._fill,
         )
+
+
+_Buffer = tuple[Any, int, int, dict[int, Sequence[int]]]
 
 
 class Invocation:
@@ -193,7 +192,8 @@ class Invocation:
         maps: Mapping[int, TensorMap] | None = None,
     ) -> None:
         """slots: how many parameters the kernel takes, the scratch pointers among them. maps: the
-        slots that are descriptors; their values are the tensors' addresses."""
+        slots that are descriptors; their values are the tensors' addresses, behind which are their
+        shapes."""
         self._maps = tuple((maps or {}).items())
         binary = kernel.binary
         self.kernel = kernel
@@ -206,10 +206,10 @@ class Invocation:
         self._slots = slots
         self._write = struct.Struct(f"=QQI4x{slots}Q").pack_into
         self._launch, self._function = cuda().launch, kernel.function
-        self._free: list[tuple[Any, int, int, dict[int, int]]] = []  # that no thread is using
+        self._free: list[_Buffer] = []  # that no thread is using
 
-    def _buffer(self) -> tuple[Any, int, int, dict[int, int]]:
-        """(memory, its address, that of the parameters, addresses in the descriptors).
+    def _buffer(self) -> _Buffer:
+        """(memory, its address, that of the parameters, what the descriptors are of).
 
         It holds the config, the slots, a pointer to each parameter, and the descriptors.
         """
@@ -226,13 +226,14 @@ class Invocation:
         struct.pack_into(f"={self._slots}Q", memory, first + 8 * self._slots - start, *pointers)
         return memory, start, first + 8 * self._slots, {}
 
-    def _encode(self, buffer: tuple[Any, int, int, dict[int, int]], values: Sequence[int]) -> None:
+    def _encode(self, buffer: _Buffer, values: Sequence[int]) -> None:
         memory, start, parameters, encoded = buffer
         for slot, tensor_map in self._maps:
-            if encoded.get(slot) != values[slot]:
+            tensor = values[slot : slot + 1 + tensor_map.rank]
+            if encoded.get(slot) != tensor:
                 where = struct.unpack_from("=Q", memory, parameters - start + 8 * slot)[0]
-                tensor_map.encode(where, values[slot])
-                encoded[slot] = values[slot]
+                tensor_map.encode(where, tensor[0], tensor[1:])
+                encoded[slot] = tensor
 
     def start(self, stream: int, values: Sequence[int]) -> None:
         """Launch on a stream (its handle) of the current device; values fill the slots."""
