@@ -147,8 +147,8 @@ def graph_of(calls: list[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
 
 
 def in_turn(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
-    """Microseconds of a call of each, median over rounds in which every graph is replayed once. Each
-    round begins with another, as a graph runs slower after one that took much power."""
+    """Microseconds of a call of each, median over rounds in which every graph is replayed once.
+    Each round begins with another, as a graph is slower after one that took much power."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for first in range(rounds):
         turn = list(graphs.items())
