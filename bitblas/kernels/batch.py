@@ -284,8 +284,8 @@ def _fitting(
     while stage_k >= least:
         for stages in range(16, 2 if stage_k > least else 1, -1):
             unroll = max(1, body_k // stage_k) if along_k == 1 else 1
-            if stages > 2 * unroll and stages % unroll:
-                continue  # a ring of whole bodies: see Constants.EVERY
+            if stages > 3 * unroll and stages % unroll:
+                continue  # a long ring is one of whole bodies: see Constants.EVERY
             shape = (block_m, 1, consumers, stage_k, stages, unroll, blocks)
             tile = Tile(*shape, per_sm=per_sm, along_k=along_k)
             if block_m <= _RAW_ROWS and raw_decoder(config, tile) is None:
