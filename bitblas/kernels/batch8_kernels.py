@@ -170,8 +170,8 @@ def prepare(operands, P: gl.constexpr):
     SCALE, ZEROS, SUMS, e_smem, s_smem, ready, empty, M, N, G, tiles_n, tiles_m, bodies = operands
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
-    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, 2)
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS, 2)
     if SUMS is not None:
         wait_for_previous_kernel()
     stages = bodies * P.UNROLL
