@@ -5,6 +5,14 @@
 
 Every operand has an allocation of its own and of exactly its size, so that memcheck sees reads past
 its end. The results are compared with float64; the exit status is 1 where one is wrong.
+
+racecheck reports hazards where there is none, as the PTX memory model has it, in two patterns:
+
+- the byte by which Triton's warp_specialize hands out its partitions, over named barriers (batch
+  and batch8, in the lines of `gl.warp_specialize` and of a kernel's first);
+- a warpgroup that writes shared memory, meets at a named barrier and has one thread arrive on an
+  mbarrier, for which others wait before they read: what that thread wrote is known to be ordered,
+  what the others wrote before the named barrier is not (sum_along_k: 2032 of 2048 bytes).
 """
 
 from __future__ import annotations
@@ -73,8 +81,9 @@ ATTENTION = [
     (2, 4, 131, 256, "int4", "int4", attention.Tile(4, 64, 2, 1, 1, "codes")),
     (2, 5, 131, 64, "e4m3_float8", "float16", attention.Tile(8, 16, 4, 1, 3, "few")),
     (1, 9, 131, 128, "int4", "float16", attention.Tile(16, 32, 4, 2, 1, "few")),
-    (2, 20, 131, 64, "int8", "int4", attention.Tile(32, 64, 4, 1, 3, "rows", 168)),
-    (1, 50, 203, 128, "int4", "e4m3_float8", attention.Tile(64, 64, 4, 1, 2, "rows", 255)),
+    (2, 20, 131, 64, "int8", "int4", attention.Tile(32, 64, 4, 2, 3, "rows", 128)),
+    (1, 50, 203, 128, "int4", "e4m3_float8", attention.Tile(64, 64, 4, 4, 2, "rows", 255)),
+    (1, 70, 331, 128, "int4", "int4", attention.Tile(128, 128, 8, 8, 1, "rows", 255)),
     (2, 20, 131, 72, "int8", "int4", attention.Tile(32, 64, 4, 2, 2)),
     (2, 70, 131, 64, "float16", "float16", attention.Tile(64, 64, 4, 2)),
 ]

@@ -161,6 +161,8 @@ def _words_launch(
     if tile.kernel == "codes":
         function = codes_kernels.attend_codes
     elif tile.kernel == "rows":
+        if tile.num_stages < 2:
+            raise ValueError(f"num_stages of rows: got {tile.num_stages}, expected 2 or more")
         function = rows_kernels.attend_rows
         shape = {"ROWS": tile.block_m, "WARPS": tile.num_warps, "STAGES": tile.num_stages}
         for name in ("K", "V"):

@@ -237,7 +237,7 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
         if block_m > 256 and m > block_m:  # pays where it saves a second tile only
             continue
         tile = _fitting(config, gpu, block_m, *shape)
-        if tile is not None:
+        if tile is not None and (tile.along_k == 1 or _few(config, m, tile)):
             tiles += _dealt(config, m, tile)
     tiles = list(dict.fromkeys(tiles))
     if _FEW_ROWS < m <= EQUAL_BITS:  # parts of shared tiles may depend on how many tiles there are
@@ -248,6 +248,15 @@ def _candidates(config: MatmulConfig, m: int, gpu: GPU) -> tuple[Tile, ...]:
             if not tile.share or tiles_of(config, start, tile) == tiles_of(config, m, tile)
         ]
     return tuple(sorted(tiles, key=lambda tile: microseconds(config, m, tile, gpu)))
+
+
+def _few(config: MatmulConfig, m: int, tile: Tile) -> bool:
+    """Whether rows of A are few enough to divide k: one tile of them, or, for four consumers, up to
+    128 in as many tiles as run at a time."""
+    tiles_n, tiles_m = tiles_of(config, m, tile)
+    if tiles_m == 1:
+        return True
+    return tile.along_k == 4 and m <= 128 and tiles_n * tiles_m <= tile.blocks
 
 
 def _dealt(config: MatmulConfig, m: int, tile: Tile) -> list[Tile]:
@@ -280,6 +289,8 @@ def _fitting(
         stage_k = min(stage_k, 2 * consumers * group)
         if along_k > 1 and least > along_k * along_k * group:
             return None
+        if block_m <= _FEW_ROWS and group < 64:
+            return None  # decode is faster: nvfp4, 8192 x 8192, m = 16, H200: 16.6 us, here 20.9
     stage_k = max(stage_k, least)
     while stage_k >= least:
         for stages in range(16, 2 if stage_k > least else 1, -1):
