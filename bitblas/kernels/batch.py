@@ -60,6 +60,8 @@ class Tile(WgmmaTile):
         if (self.consumers, self.along_k) not in _CONSUMERS:
             got = (self.consumers, self.along_k)
             raise ValueError(f"(consumers, along_k): got {got}, expected one of {_CONSUMERS}")
+        if self.along_k > 1 and self.unroll > 1:
+            raise ValueError(f"unroll: got {self.unroll}, expected 1 where consumers divide k")
 
     @property
     def rows(self) -> int:
