@@ -234,6 +234,8 @@ def test_kernels_are_named_by_family_and_tile(monkeypatch, m):
     monkeypatch.setattr(
         plan, "pick", lambda config, m, device: (portable, portable.candidates(config, m)[0])
     )
+    monkeypatch.setattr(plan, "_architecture", lambda device: 80)
+    monkeypatch.setattr(plan, "_gpu", lambda device: None)
     operator = Matmul(cases.make_config("uint4", "float16", 256, 512), target="cuda -arch=sm_90")
     device = torch.device("cuda")
     [(name, _)] = measure.our_products(operator, m, device, all_tiles=False)

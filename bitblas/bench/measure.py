@@ -79,14 +79,10 @@ class TileProduct:
 
 
 def _tiles(config: MatmulConfig, m: int, device: torch.device) -> list[tuple[str, TileProduct]]:
-    """The tiles of the family that serves a call, and of the portable one, which serves any."""
-    from ..kernels import portable
-
-    families = dict.fromkeys((plan.pick(config, m, device)[0], portable))
+    """The tiles of all families that serve a call."""
     return [
         (tile_name(family, tile), TileProduct(config, device, family, tile))
-        for family in families
-        for tile in family.candidates(config, m)
+        for family, tile in plan.candidates(config, m, device)
     ]
 
 
