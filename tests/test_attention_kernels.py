@@ -190,3 +190,14 @@ def test_caches_that_grow_keep_their_kernels():
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+
+
+@pytest.mark.skipif(versions.why_no_gluon() is not None, reason="no Gluon")
+def test_a_ring_of_one_stage_is_refused():
+    """Its kernel would wait for a step that is never copied."""
+    from bitblas.kernels import attention
+
+    given = meta_operands("int8", 8, 128)
+    tile = replace(attention.tile_for(given, 90, 132, 32768), num_stages=1)
+    with pytest.raises(ValueError, match="num_stages"):
+        attention.launches(given, torch.empty_like(given.Q), True, tile, 90)

@@ -107,6 +107,18 @@ def test_stages_that_share_a_groups_extras(group, stage_k, stages, unroll, every
     assert batch._constants(config, tile, False).EVERY.value == every
 
 
+@pytest.mark.parametrize(
+    "shape, wrong",
+    [({"consumers": 3}, "along_k"), ({"along_k": 3}, "along_k"), ({"unroll": 2}, "unroll")],
+)
+def test_tiles_that_no_kernel_computes_are_refused(shape, wrong):
+    valid = {"consumers": 4, "along_k": 4, "unroll": 1}
+    fixed = {"block_m": 16, "bands": 1, "stage_k": 512, "stages": 4, "blocks": 132}
+    assert batch.Tile(**fixed, **valid).rows == 64
+    with pytest.raises(ValueError, match=wrong):
+        batch.Tile(**fixed, **(valid | shape))
+
+
 @pytest.mark.parametrize("m", [2, 9, 17, 33, 100, 256, 1000, 5000])
 def test_candidates_fit_and_are_all_different(m):
     for (a, w, zeros), (n, k), group in itertools.product(

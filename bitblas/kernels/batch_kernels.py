@@ -403,21 +403,17 @@ def prepare(operands, P: gl.constexpr):
                     zero = of_stage(zeros, i, P, L)
                     slot = buffer // P.EVERY * P.EXTRAS
                     if P.RAW:
-                        factor, offset = corrections(scale, zero, P, L)
-                        mbarrier.wait(empty.index(buffer), phase)
-                        e_smem.index(slot).store(factor.to(gl.int32, bitcast=True))
-                        if P.SUMS:
-                            e_smem.index(slot + 1).store(offset.to(gl.int32, bitcast=True))
+                        factor, addend = corrections(scale, zero, P, L)
                     else:
                         minus, factor, addend = decoder_extras(scale, zero, a_smem.dtype, P, L)
-                        mbarrier.wait(empty.index(buffer), phase)
+                    mbarrier.wait(empty.index(buffer), phase)
                     if P.MINUS:
                         e_smem.index(slot).store(minus)
                         slot += 1
-                    if P.SCALED and not P.RAW:
+                    if P.SCALED or P.RAW:
                         e_smem.index(slot).store(factor)
                         slot += 1
-                    if P.ADDED:
+                    if P.ADDED or P.SUMS:
                         e_smem.index(slot).store(addend)
                     mbarrier.arrive(ready.index(buffer))
                     buffer += P.EVERY
@@ -949,6 +945,7 @@ def batch_kernel(
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
+    # functions cannot be put together in a variable, so each set of roles stands here
     if P.SUMS:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),

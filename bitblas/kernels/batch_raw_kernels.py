@@ -18,7 +18,7 @@ from .versions import gl, gluon, mbarrier, mma_v2, reinterpret, warpgroup_mma, w
 @gluon.jit
 def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
     """What the sum of a group's raw products is multiplied by, and the sum of its A, to be added:
-    float32 (factor, offset), shaped as what load_extras returns."""
+    (factor, offset), the bits of float32, shaped as what load_extras returns."""
     r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
     r3 = r3.expand_dims(0).expand_dims(1).expand_dims(3)
     unit = gl.where(r3 == 0, P.UNITS[0], P.UNITS[1]) + gl.zeros(scale.shape, gl.float32, L)
@@ -33,7 +33,7 @@ def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
         factor = scale * unit
     if P.ZEROS_KIND == "rescale":
         offset = offset + zero
-    return factor, offset * unit
+    return factor.to(gl.int32, bitcast=True), (offset * unit).to(gl.int32, bitcast=True)
 
 
 @gluon.jit
