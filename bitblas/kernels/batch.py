@@ -6,6 +6,7 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -32,14 +33,14 @@ from .wgmma import (
 )
 
 KERNELS = ("batch",)
-_RAW_ROWS = 8  # of A, up to which operands are raw
+_RAW_ROWS = int(os.environ.get('RAWROWS', '16'))  # of A, up to which operands are raw
 _FEW_ROWS = 16  # of A, for which tiles are no larger
 _LEAST_ROWS = 32  # of A that the others have
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
-_CONSUMERS = ((2, 1), (4, 2), (4, 4))  # warpgroups that multiply, and those that divide a stage's k
+_CONSUMERS = ((2, 1), (2, 2), (4, 2), (4, 4))  # warpgroups that multiply, and those that divide a stage's k
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,6 @@ class Tile(WgmmaTile):
         if (self.consumers, self.along_k) not in _CONSUMERS:
             got = (self.consumers, self.along_k)
             raise ValueError(f"(consumers, along_k): got {got}, expected one of {_CONSUMERS}")
-        if self.along_k > 1 and self.unroll > 1:
-            raise ValueError(f"unroll: got {self.unroll}, expected 1 where consumers divide k")
 
     @property
     def rows(self) -> int:
@@ -193,11 +192,11 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     kinds = extras.based + extras.scaled + extras.added
     if raw is not None:
         kinds = 1 + _adds_up(config, raw)
-        stage += tile.block_m * tile.stage_k // 16
     if group:
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
-    out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * (tile.along_k - 1))
-    return tile.stages * (stage + 16) + out + 1024
+    sums = tile.along_k - 1 + (2 if kinds == 2 and raw is not None else 0)
+    out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * sums)
+    return tile.stages * (stage + 16) + out + 512
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -470,6 +469,7 @@ class Constants(ConstantsBase):
     SHARED: bool
     REGISTERS: int
     LOADING_REGISTERS: int
+    AHEAD: bool
 
     ALONG_ROWS = known(lambda c: c.CONSUMERS // c.ALONG_K)
     TILE_BANDS = known(lambda c: c.BANDS * c.ALONG_ROWS)
@@ -575,6 +575,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
+        AHEAD=bool(int(os.environ.get("AHEAD", "1"))) and tile.along_k > 1,
         **_registers(tile, group != 0),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

@@ -41,7 +41,14 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 
 from __future__ import annotations
 
-from .batch_raw_kernels import corrections, multiply_raw, sum_activations
+from .batch_raw_kernels import (
+    add_offsets,
+    by_threads_of_consumers,
+    corrections,
+    multiply_raw,
+    products_layout,
+    read_factor,
+)
 from .device import (
     decode_scale,
     extras_layout,
@@ -425,22 +432,29 @@ def prepare(operands, P: gl.constexpr):
 
 
 @gluon.jit
-def add_up(operands, P: gl.constexpr):
-    """Sums of all stages of A, for raw operands whose codes have offsets."""
-    a_smem, totals_smem, ready, summed, tiles_n, tiles_m, whole, bodies = operands
+def add_up(operands, KTH: gl.constexpr, P: gl.constexpr):
+    """What offsets of raw operands add to tiles, for the KTH-th half of each stage: one warp."""
+    (
+        a_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n, tiles_m, whole, bodies,
+    ) = operands  # fmt: skip
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 0
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
+        acc = gl.zeros([16, 8, 8], gl.float32, products_layout())
         for _ in range(start * P.UNROLL, end * P.UNROLL):
             mbarrier.wait(ready.index(buffer), phase)
-            sum_activations(a_smem, totals_smem, buffer, P)
-            mbarrier.arrive(summed.index(buffer))
+            acc = add_offsets(acc, a_smem, e_smem, buffer, KTH, P)
+            fence_async_shared()
+            mbarrier.arrive(empty.index(buffer))
             buffer += 1
             if buffer == P.STAGES:
                 buffer = 0
                 phase ^= 1
+        mbarrier.wait(taken.index(0), (s & 1) ^ 1)
+        sum_smem.index(P.ALONG_K - 1 + KTH).store(by_threads_of_consumers(acc, P))
+        mbarrier.arrive(there.index(0))
 
 
 @gluon.jit
@@ -751,7 +765,7 @@ def sum_along_k(
     else:
         mbarrier.wait(there, nth & 1)
         x = by_threads(acc)
-        for k in gl.static_range(PARTS):
+        for k in gl.static_range(PARTS + (2 if P.SUMS else 0)):
             x += sum_smem.index(ROW * PARTS + k).load(x.type.layout)
         mbarrier.arrive(taken)
         return by_rows(x, acc)
@@ -761,12 +775,13 @@ def sum_along_k(
 def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, summed, there,
-        taken, M, N, G, tiles_n, tiles_m, whole, bodies,
+        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
+        tiles_m, whole, bodies,
     ) = operands  # fmt: skip
     ROW: gl.constexpr = WHO % P.ALONG_ROWS
     KTH: gl.constexpr = WHO // P.ALONG_ROWS
-    OWN: gl.constexpr = P.STAGE_UNITS // P.ALONG_K  # units of a stage, from KTH * OWN on
+    OWN: gl.constexpr = P.STAGE_UNITS // P.ALONG_K  # units of a stage, from FIRST on
+    FIRST: gl.constexpr = KTH * OWN
     MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # of no columns would be 8 that nothing uses
@@ -794,31 +809,39 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
         for _ in range(start, end):
             parts = (acc, acc)  # of raw operands
+            factors = (acc, acc)
             previous = buffer
             for unit in gl.static_range(UNITS):
                 if unit % OWN == 0:
                     mbarrier.wait(ready.index(buffer), phase)
-                if unit % P.TILE_UNITS == 0:
-                    main, extra = read_tile(
-                        w_smem, buffer, (unit % OWN + KTH * OWN) // P.TILE_UNITS, ROW, P
-                    )  # fmt: skip
-                if P.EXTRAS > 0 and not P.RAW:
+                    words = read_tile(w_smem, buffer, (unit % OWN + FIRST) // P.TILE_UNITS, ROW, P)
+                main, extra = words
+                if P.RAW:
+                    if unit * P.UNIT_K % P.FOLD_K == 0:
+                        factor = read_factor(e_smem, buffer, acc, ROW, (unit % OWN + FIRST) * P.UNIT_K, P)
+                        if unit * P.UNIT_K // P.FOLD_K % 2 == 0:
+                            factors = (factor, factors[1])
+                        else:
+                            factors = (factors[0], factor)
+                elif P.EXTRAS > 0:
                     if unit % (P.EVERY * OWN) == 0 or (
                         (unit % (P.EVERY * OWN) + KTH * OWN) * P.UNIT_K % P.GROUP == 0
                     ):
                         minus, scale, addend = read_extras(
                             e_smem, buffer // P.EVERY * P.EXTRAS, ROW,
-                            (unit % OWN + KTH * OWN) * P.UNIT_K // P.GROUP, P,
+                            (unit % OWN + FIRST) * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
+                if (unit + 1) % OWN != 0 and (unit + 1) % P.TILE_UNITS == 0:
+                    if P.AHEAD:
+                        words = read_tile(w_smem, buffer, (unit % OWN + FIRST + 1) // P.TILE_UNITS, ROW, P)
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + ((unit % OWN + KTH * OWN) * HALVES + half)
+                    step = buffer * P.STEPS + ((unit % OWN + FIRST) * HALVES + half)
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
                         parts, acc = multiply_raw(
-                            a, b, parts, acc, e_smem, totals_smem, summed, buffer, phase,
-                            unit * HALVES + half, OWN * HALVES, KTH, ROW, P,
+                            a, b, parts, factors, acc, unit * HALVES + half, UNITS * HALVES - 1, P
                         )  # fmt: skip
                     else:
                         acc = warpgroup_mma(a, b, acc, is_async=True)
@@ -834,6 +857,9 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         mbarrier.arrive(empty.index(previous))
                     if unit == UNITS - 1 and half == HALVES - 1 and not P.RAW:
                         acc, more = wait_for_products(0, acc, more, P)
+                if (unit + 1) % OWN != 0 and (unit + 1) % P.TILE_UNITS == 0:
+                    if not P.AHEAD:
+                        words = read_tile(w_smem, buffer, (unit % OWN + FIRST + 1) // P.TILE_UNITS, ROW, P)
                 if unit % OWN == OWN - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
@@ -871,6 +897,7 @@ def batch_kernel(
     batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
+    OFFSETS: gl.constexpr = 2 if P.SUMS else 0  # warps that find what they add
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.FIRST_M, 64], A.layout)
     more_smem = a_smem
     if MORE is not None:
@@ -896,15 +923,10 @@ def batch_kernel(
             OUT.dtype.element_ty, [P.ALONG_ROWS, P.MORE_M, ROWS],
             gl.NVMMASharedLayout.get_default_for([P.MORE_M, ROWS], OUT.dtype.element_ty),
         )  # fmt: skip
-    totals_smem = gl.allocate_shared_memory(
-        gl.float32, [P.STAGES * P.STEPS if P.RAW and P.SUMS else 1, P.FIRST_M],
-        gl.SwizzledSharedLayout(1, 1, 1, [0]),
-    )  # fmt: skip
-    summed = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     sum_smem = gl.allocate_shared_memory(
-        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS), ROWS * P.FIRST_M],
+        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS + OFFSETS), ROWS * P.FIRST_M],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )  # fmt: skip
     there = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
@@ -912,13 +934,12 @@ def batch_kernel(
     if P.ALONG_K > 1:
         ALONG_ROWS: gl.constexpr = P.ALONG_ROWS
         for i in gl.static_range(ALONG_ROWS):
-            mbarrier.init(there.index(i), count=P.ALONG_K - 1)
+            mbarrier.init(there.index(i), count=P.ALONG_K - 1 + OFFSETS)
             mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
-        mbarrier.init(summed.index(i), count=1)
-        mbarrier.init(empty.index(i), count=P.CONSUMERS)
+        mbarrier.init(empty.index(i), count=P.CONSUMERS + OFFSETS)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
@@ -931,8 +952,8 @@ def batch_kernel(
     tiles_n = (N + P.ALONG_ROWS * ROWS - 1) // (P.ALONG_ROWS * ROWS)
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, totals_smem, c_smem, more_c_smem, sum_smem, ready, empty, summed,
-        there, taken, M, N, G, tiles_n, tiles_m, WHOLE, bodies,
+        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
+        tiles_m, WHOLE, bodies,
     )  # fmt: skip
     producing = (
         A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, WHOLE,
@@ -941,7 +962,9 @@ def batch_kernel(
     preparing = (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
-    adding = (a_smem, totals_smem, ready, summed, tiles_n, tiles_m, WHOLE, bodies)
+    adding = (
+        a_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n, tiles_m, WHOLE, bodies,
+    )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     L: gl.constexpr = P.LOADING_REGISTERS
@@ -950,8 +973,9 @@ def batch_kernel(
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
-            (produce, (producing, P)), (prepare, (preparing, P)), (add_up, (adding, P)),
-        ], [4, 4, 4, 1, 1, 2], [R, R, R, L, L, L])  # fmt: skip
+            (produce, (producing, P)), (prepare, (preparing, P)),
+            (add_up, (adding, 0, P)), (add_up, (adding, 1, P)),
+        ], [4, 4, 4, 1, 1, 1, 1], [R, R, R, L, L, L, L])  # fmt: skip
     elif P.EXTRAS > 0:
         if P.CONSUMERS == 4:
             gl.warp_specialize([

@@ -36,87 +36,105 @@ def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
     return factor.to(gl.int32, bitcast=True), (offset * unit).to(gl.int32, bitcast=True)
 
 
+@gluon.constexpr_function
+def products_layout():
+    """[16 rows of A, 8 rows of W, 8 times 8 of these] in one warp: as mma.sync's accumulators."""
+    registers = [[0, 1, 0], [8, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    lanes = [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [16, 8, 8])
+
+
+@gluon.constexpr_function
+def offsets_layout(GROUPS):
+    """[GROUPS, 4, 2 row halves, 8]: what a lane of products_layout has of W's rows."""
+    registers = [[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0]]
+    if GROUPS == 2:
+        registers = [[1, 0, 0, 0], *registers]
+    lanes = [[0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [GROUPS, 4, 2, 8])
+
+
 @gluon.jit
-def sum_activations(a_smem, totals_smem, buffer, P: gl.constexpr):
-    """Sums of each box of a stage of A, 64 k, by matrix instructions: two warps, a box each."""
-    COUNT: gl.constexpr = P.STEPS * P.FIRST_M // 32  # 16 rows a warp: of one box or of several
+def read_offsets(smem, K: gl.constexpr, BOX_K: gl.constexpr, P: gl.constexpr):
+    """Of the group of a stage's k, or of two groups for the halves of 16 rows: [16 or 1, 8, 8]."""
+    L: gl.constexpr = products_layout()
+    GROUPS: gl.constexpr = 2 if P.GROUP > 0 and P.GROUP < BOX_K else 1
+    FIRST: gl.constexpr = K // P.GROUP if P.GROUP > 0 else 0
+    x = smem.slice(FIRST, GROUPS, 0).load(offsets_layout(GROUPS)).to(gl.float32, bitcast=True)
+    x = x.reshape([GROUPS, 8, 8]).permute([0, 2, 1])
+    if GROUPS == 1:
+        x = gl.convert_layout(x.reshape([8, 8]), gl.SliceLayout(0, L), assert_trivial=True)
+        return x.expand_dims(0)
+    else:
+        x = gl.broadcast(x.expand_dims(1), gl.zeros([2, 8, 8, 8], gl.float32, x.type.layout))
+        return gl.convert_layout(x.reshape([16, 8, 8]), L, assert_trivial=True)
+
+
+@gluon.jit
+def add_offsets(acc, a_smem, e_smem, buffer, KTH: gl.constexpr, P: gl.constexpr):
+    """acc plus the offsets of the KTH-th half of a stage, times the sums of A, which are products
+    with a column operand of ones. Boxes of 8 rows of A are taken in twos, as 16 rows."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[2, 0], warps_per_cta=[2, 1, 1], instr_shape=[1, 16, 8]
+        version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
     )  # fmt: skip
-    ones = gl.full([2, 64, 8], 1.0, a_smem.dtype, gl.DotOperandLayout(1, MMA, 2))
-    pairs = reinterpret(
-        a_smem, a_smem.dtype, [P.STAGES * COUNT, 2, 16, 64], gl.NVMMASharedLayout(128, 16, 3)
+    ones = gl.full([64, 8], 1.0, a_smem.dtype, gl.DotOperandLayout(1, MMA, 2))
+    BOXES: gl.constexpr = P.STEPS * P.FIRST_M // 16
+    boxes = reinterpret(
+        a_smem, a_smem.dtype, [P.STAGES * BOXES, 16, 64], gl.NVMMASharedLayout(128, 16, 2)
     )  # fmt: skip
-    totals = reinterpret(
-        totals_smem, gl.float32, [P.STAGES * COUNT, 2, 16],
-        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
-    )  # fmt: skip
-    TOGETHER: gl.constexpr = min(COUNT, 4)  # a sum's matrix instructions wait for each other
-    for first in gl.static_range(0, COUNT, TOGETHER):
-        boxes = ()
-        for i in gl.static_range(TOGETHER):
-            box = pairs.index(buffer * COUNT + (first + i))
-            boxes = boxes + (box.load(gl.DotOperandLayout(0, MMA, 2)),)
-        sums = ()
-        for i in gl.static_range(TOGETHER):
-            sums = sums + (mma_v2(boxes[i], ones, gl.zeros([2, 16, 8], gl.float32, MMA)),)
-        for i in gl.static_range(TOGETHER):  # columns are all alike
-            totals.index(buffer * COUNT + (first + i)).store(gl.max(sums[i], axis=2))
-
-
-@gluon.jit
-def correction(smem, ROW: gl.constexpr, GROUP: gl.constexpr, acc, P: gl.constexpr):
-    """[64 * BANDS, 1] of float32."""
-    x = smem.slice(GROUP, 1, 0).slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
-    x = x.load(extras_layout(1, P.BANDS)).reshape([64 * P.BANDS])
-    return of_rows(x, acc).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def correct(
-    acc, part, e_smem, totals_smem, buffer, ROW: gl.constexpr, FOLD: gl.constexpr, P: gl.constexpr
-):  # fmt: skip
-    """acc plus the raw products of the FOLD-th share of a stage's k, with what belongs to them."""
-    MMA: gl.constexpr = acc.type.layout
-    GROUP: gl.constexpr = FOLD * P.FOLD_K // P.GROUP
-    factor = correction(e_smem.index(buffer * P.EXTRAS), ROW, GROUP, acc, P)
-    acc = gl.fma(part, gl.broadcast(factor, part)[0], acc)
-    if P.SUMS:
-        offset = correction(e_smem.index(buffer * P.EXTRAS + 1), ROW, GROUP, acc, P)
-        BOXES: gl.constexpr = P.FOLD_K // 64
-        totals = totals_smem.index(buffer * P.STEPS + FOLD * BOXES).load(gl.SliceLayout(0, MMA))
-        for i in gl.static_range(1, BOXES):
-            box = totals_smem.index(buffer * P.STEPS + (FOLD * BOXES + i))
-            totals += box.load(gl.SliceLayout(0, MMA))
-        totals, acc = gl.broadcast(totals.expand_dims(0), acc)
-        acc = gl.fma(totals, gl.broadcast(offset, acc)[0], acc)
+    BOX_K: gl.constexpr = 64 * (16 // P.FIRST_M)
+    HALF_K: gl.constexpr = P.STAGE_K // 2
+    FOLD: gl.constexpr = max(1, min(P.GROUP if P.GROUP > 0 else P.STAGE_K, HALF_K) // BOX_K)
+    for fold in gl.static_range(HALF_K // BOX_K // FOLD):
+        sums = gl.zeros([16, 8], gl.float32, MMA)
+        for i in gl.static_range(FOLD):
+            box = boxes.index(buffer * BOXES + (KTH * (BOXES // 2) + fold * FOLD + i)).load(gl.DotOperandLayout(0, MMA, 2))
+            sums = mma_v2(box, ones, sums)
+        sums = gl.convert_layout(
+            sums, gl.SliceLayout(2, acc.type.layout), assert_trivial=True
+        ).expand_dims(2)  # fmt: skip
+        offsets = read_offsets(
+            e_smem.index(buffer * P.EXTRAS + 1), KTH * HALF_K + fold * FOLD * BOX_K, BOX_K, P
+        )  # fmt: skip
+        sums, offsets = gl.broadcast(sums, offsets)
+        acc = gl.fma(sums, offsets, acc)
     return acc
 
 
 @gluon.jit
-def multiply_raw(
-    a, b, parts, acc, e_smem, totals_smem, summed, buffer, phase, STEP: gl.constexpr,
-    STEPS: gl.constexpr, KTH: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """The STEP-th of a consumer's STEPS in a stage, of 64 k, with raw operands: (parts, acc). Their
-    products go to one of two parts, while the other, where it is complete, is corrected."""
-    EACH: gl.constexpr = P.FOLD_K // 64  # steps that share corrections
+def by_threads_of_consumers(x, P: gl.constexpr):
+    """Products as batch_kernels.by_threads has those of a consumer."""
+    if P.FIRST_M == 8:
+        x = gl.sum(x.reshape([2, 8, 8, 8]), axis=0)
+    x = x.reshape([P.FIRST_M // 8, 4, 2, 8, 4, 2]).permute([0, 4, 3, 1, 5, 2])
+    return x.reshape([64 * P.FIRST_M])
+
+
+@gluon.jit
+def read_factor(e_smem, buffer, like, ROW: gl.constexpr, K: gl.constexpr, P: gl.constexpr):
+    """What the products of the group of a stage's k are multiplied by: [64 * BANDS, 1]."""
+    GROUP: gl.constexpr = K // P.GROUP if P.GROUP > 0 else 0
+    x = e_smem.index(buffer * P.EXTRAS).slice(GROUP, 1, 0)
+    x = x.slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
+    x = x.load(extras_layout(1, P.BANDS)).reshape([64 * P.BANDS])
+    return of_rows(x, like).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def multiply_raw(a, b, parts, factors, acc, STEP: gl.constexpr, LAST: gl.constexpr, P: gl.constexpr):
+    """The STEP-th of a body's steps of 64 k with raw operands: (parts, acc). Products go to one of
+    two parts, while the other, where it is complete, is added to acc, multiplied by its factor."""
+    EACH: gl.constexpr = P.FOLD_K // 64  # steps of a part
     WHICH: gl.constexpr = STEP // EACH % 2
     part = warpgroup_mma(a, b, parts[WHICH], use_acc=STEP % EACH != 0, is_async=True)
     other = parts[1 - WHICH]
     if STEP > 0:
         part, other = warpgroup_mma_wait(1, deps=(part, other))
     if STEP % EACH == 0 and STEP > 0:
-        if STEP == EACH and P.SUMS:
-            mbarrier.wait(summed.index(buffer), phase)
-        FOLD: gl.constexpr = KTH * STEPS // EACH + STEP // EACH - 1
-        acc = correct(acc, other, e_smem, totals_smem, buffer, ROW, FOLD, P)
-    if STEP == STEPS - 1:
+        acc = gl.fma(other, gl.broadcast(factors[1 - WHICH], other)[0], acc)
+    if STEP == LAST:
         part = warpgroup_mma_wait(0, deps=(part,))
-        if STEPS == EACH and P.SUMS:
-            mbarrier.wait(summed.index(buffer), phase)
-        LAST: gl.constexpr = KTH * STEPS // EACH + STEP // EACH
-        acc = correct(acc, part, e_smem, totals_smem, buffer, ROW, LAST, P)
+        acc = gl.fma(part, gl.broadcast(factors[WHICH], part)[0], acc)
     if WHICH == 0:
         return (part, other), acc
     else:
