@@ -469,7 +469,6 @@ class Constants(ConstantsBase):
     SHARED: bool
     REGISTERS: int
     LOADING_REGISTERS: int
-    AHEAD: bool
 
     ALONG_ROWS = known(lambda c: c.CONSUMERS // c.ALONG_K)
     TILE_BANDS = known(lambda c: c.BANDS * c.ALONG_ROWS)
@@ -489,7 +488,7 @@ class Constants(ConstantsBase):
     # stages that share the extras that lie in the ring with the first of them
     EVERY = known(lambda c: _stages_of_group(c))
     # stages whose scales of a row are read at once, and the groups that they are of
-    RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
+    RUN = known(lambda c: max(1, min((8 if c.ALONG_K > 1 else 4) * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
@@ -498,7 +497,7 @@ class Constants(ConstantsBase):
     )
     PREPARING = known(lambda c: 1 if c.SUMS else 2)  # warps
     # of raw operands: values of k whose products are corrected together
-    FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
+    FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K))
 
 
 def _box_chunks(chunks: int) -> int:
@@ -515,7 +514,7 @@ def _stages_of_group(c: Any) -> int:
     """Stages of a group, where bodies and the ring hold whole groups; else 1."""
     group, stage_k, unroll = (x.value for x in (c.GROUP, c.STAGE_K, c.UNROLL))
     stages = max(1, group // stage_k)
-    whole = group and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
+    whole = group and c.ALONG_K.value == 1 and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
     return stages if whole else 1
 
 
@@ -575,7 +574,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        AHEAD=bool(int(os.environ.get("AHEAD", "1"))) and tile.along_k > 1,
         **_registers(tile, group != 0),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

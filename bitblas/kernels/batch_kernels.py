@@ -433,24 +433,24 @@ def prepare(operands, P: gl.constexpr):
 
 @gluon.jit
 def add_up(operands, KTH: gl.constexpr, P: gl.constexpr):
-    """What offsets of raw operands add to tiles, for the KTH-th half of each stage: one warp."""
+    """What offsets of raw operands add to tiles, of every second stage: one warp."""
     (
         a_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n, tiles_m, whole, bodies,
     ) = operands  # fmt: skip
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
-    buffer = 0
+    buffer = KTH
     phase = 0
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
         acc = gl.zeros([16, 8, 8], gl.float32, products_layout())
-        for _ in range(start * P.UNROLL, end * P.UNROLL):
+        for _ in range(start * (P.UNROLL // 2), end * (P.UNROLL // 2)):
             mbarrier.wait(ready.index(buffer), phase)
-            acc = add_offsets(acc, a_smem, e_smem, buffer, KTH, P)
+            acc = add_offsets(acc, a_smem, e_smem, buffer, P)
             fence_async_shared()
             mbarrier.arrive(empty.index(buffer))
-            buffer += 1
-            if buffer == P.STAGES:
-                buffer = 0
+            buffer += 2
+            if buffer >= P.STAGES:
+                buffer -= P.STAGES
                 phase ^= 1
         mbarrier.wait(taken.index(0), (s & 1) ^ 1)
         sum_smem.index(P.ALONG_K - 1 + KTH).store(by_threads_of_consumers(acc, P))
@@ -780,8 +780,6 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     ) = operands  # fmt: skip
     ROW: gl.constexpr = WHO % P.ALONG_ROWS
     KTH: gl.constexpr = WHO // P.ALONG_ROWS
-    OWN: gl.constexpr = P.STAGE_UNITS // P.ALONG_K  # units of a stage, from FIRST on
-    FIRST: gl.constexpr = KTH * OWN
     MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # of no columns would be 8 that nothing uses
@@ -791,10 +789,11 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     # matrix instructions of a step that are waited for together
     EACH: gl.constexpr = 2 if P.MORE_M > 0 else 1
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
-    UNITS: gl.constexpr = P.UNROLL * OWN
+    OWN: gl.constexpr = P.STAGE_UNITS
+    UNITS: gl.constexpr = P.UNROLL // P.ALONG_K * OWN  # of the stages that are its own
     HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
-    buffer = 0
+    buffer = KTH
     phase = 0
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
@@ -814,30 +813,27 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
             for unit in gl.static_range(UNITS):
                 if unit % OWN == 0:
                     mbarrier.wait(ready.index(buffer), phase)
-                    words = read_tile(w_smem, buffer, (unit % OWN + FIRST) // P.TILE_UNITS, ROW, P)
-                main, extra = words
+                if unit % P.TILE_UNITS == 0:
+                    main, extra = read_tile(w_smem, buffer, unit % OWN // P.TILE_UNITS, ROW, P)
                 if P.RAW:
                     if unit * P.UNIT_K % P.FOLD_K == 0:
-                        factor = read_factor(e_smem, buffer, acc, ROW, (unit % OWN + FIRST) * P.UNIT_K, P)
+                        factor = read_factor(e_smem, buffer, acc, ROW, (unit % OWN) * P.UNIT_K, P)
                         if unit * P.UNIT_K // P.FOLD_K % 2 == 0:
                             factors = (factor, factors[1])
                         else:
                             factors = (factors[0], factor)
                 elif P.EXTRAS > 0:
                     if unit % (P.EVERY * OWN) == 0 or (
-                        (unit % (P.EVERY * OWN) + KTH * OWN) * P.UNIT_K % P.GROUP == 0
+                        (unit % (P.EVERY * OWN)) * P.UNIT_K % P.GROUP == 0
                     ):
                         minus, scale, addend = read_extras(
                             e_smem, buffer // P.EVERY * P.EXTRAS, ROW,
-                            (unit % OWN + FIRST) * P.UNIT_K // P.GROUP, P,
+                            (unit % OWN) * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
-                if (unit + 1) % OWN != 0 and (unit + 1) % P.TILE_UNITS == 0:
-                    if P.AHEAD:
-                        words = read_tile(w_smem, buffer, (unit % OWN + FIRST + 1) // P.TILE_UNITS, ROW, P)
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + ((unit % OWN + FIRST) * HALVES + half)
+                    step = buffer * P.STEPS + ((unit % OWN) * HALVES + half)
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
                         parts, acc = multiply_raw(
@@ -857,17 +853,14 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         mbarrier.arrive(empty.index(previous))
                     if unit == UNITS - 1 and half == HALVES - 1 and not P.RAW:
                         acc, more = wait_for_products(0, acc, more, P)
-                if (unit + 1) % OWN != 0 and (unit + 1) % P.TILE_UNITS == 0:
-                    if not P.AHEAD:
-                        words = read_tile(w_smem, buffer, (unit % OWN + FIRST + 1) // P.TILE_UNITS, ROW, P)
                 if unit % OWN == OWN - 1:
                     if unit == UNITS - 1:
                         fence_async_shared()
                         mbarrier.arrive(empty.index(buffer))
                     previous = buffer
-                    buffer += 1
-                    if buffer == P.STAGES:
-                        buffer = 0
+                    buffer += P.ALONG_K
+                    if buffer >= P.STAGES:
+                        buffer -= P.STAGES
                         phase ^= 1
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
@@ -939,7 +932,7 @@ def batch_kernel(
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
-        mbarrier.init(empty.index(i), count=P.CONSUMERS + OFFSETS)
+        mbarrier.init(empty.index(i), count=P.ALONG_ROWS + OFFSETS // 2)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the

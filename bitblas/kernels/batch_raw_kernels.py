@@ -71,8 +71,8 @@ def read_offsets(smem, K: gl.constexpr, BOX_K: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def add_offsets(acc, a_smem, e_smem, buffer, KTH: gl.constexpr, P: gl.constexpr):
-    """acc plus the offsets of the KTH-th half of a stage, times the sums of A, which are products
+def add_offsets(acc, a_smem, e_smem, buffer, P: gl.constexpr):
+    """acc plus the offsets of a stage's groups times the sums of A, which are products
     with a column operand of ones. Boxes of 8 rows of A are taken in twos, as 16 rows."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
@@ -83,18 +83,17 @@ def add_offsets(acc, a_smem, e_smem, buffer, KTH: gl.constexpr, P: gl.constexpr)
         a_smem, a_smem.dtype, [P.STAGES * BOXES, 16, 64], gl.NVMMASharedLayout(128, 16, 2)
     )  # fmt: skip
     BOX_K: gl.constexpr = 64 * (16 // P.FIRST_M)
-    HALF_K: gl.constexpr = P.STAGE_K // 2
-    FOLD: gl.constexpr = max(1, min(P.GROUP if P.GROUP > 0 else P.STAGE_K, HALF_K) // BOX_K)
-    for fold in gl.static_range(HALF_K // BOX_K // FOLD):
+    FOLD: gl.constexpr = max(1, P.FOLD_K // BOX_K)
+    for fold in gl.static_range(BOXES // FOLD):
         sums = gl.zeros([16, 8], gl.float32, MMA)
         for i in gl.static_range(FOLD):
-            box = boxes.index(buffer * BOXES + (KTH * (BOXES // 2) + fold * FOLD + i)).load(gl.DotOperandLayout(0, MMA, 2))
+            box = boxes.index(buffer * BOXES + (fold * FOLD + i)).load(gl.DotOperandLayout(0, MMA, 2))
             sums = mma_v2(box, ones, sums)
         sums = gl.convert_layout(
             sums, gl.SliceLayout(2, acc.type.layout), assert_trivial=True
         ).expand_dims(2)  # fmt: skip
         offsets = read_offsets(
-            e_smem.index(buffer * P.EXTRAS + 1), KTH * HALF_K + fold * FOLD * BOX_K, BOX_K, P
+            e_smem.index(buffer * P.EXTRAS + 1), fold * FOLD * BOX_K, BOX_K, P
         )  # fmt: skip
         sums, offsets = gl.broadcast(sums, offsets)
         acc = gl.fma(sums, offsets, acc)

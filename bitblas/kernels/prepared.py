@@ -109,8 +109,9 @@ class Prepared:
             invocation.start(stream, slots(values))
 
 
-def execute(steps: Iterable[Launch], device: torch.device) -> None:
-    """Start launches whose arguments are the operands of this one call."""
+def execute(steps: Iterable[Launch], device: torch.device, settled: bool = False) -> None:
+    """Start launches whose arguments are the operands of this one call. settled: see
+    launch.Settled."""
     from triton import knobs
 
     steps = list(steps)
@@ -121,7 +122,8 @@ def execute(steps: Iterable[Launch], device: torch.device) -> None:
     given = [x for x in values if isinstance(x, (torch.Tensor, Varying))]
     order = {id(x): i for i, x in enumerate(given)}
     prepared = Prepared(steps, device, len(given), lambda x: order[id(x)])
-    prepared.run([x.value if isinstance(x, Varying) else x.data_ptr() for x in given])
+    addresses = [x.value if isinstance(x, Varying) else x.data_ptr() for x in given]
+    prepared.run(addresses, settled)
 
 
 def _interpret(steps: list[Launch], device: torch.device) -> None:
