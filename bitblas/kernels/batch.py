@@ -34,6 +34,7 @@ from .wgmma import (
 
 KERNELS = ("batch",)
 _RAW_ROWS = int(os.environ.get('RAWROWS', '16'))  # of A, up to which operands are raw
+_MANY_LOAD = 32  # of A, up to which more warps prepare scales
 _FEW_ROWS = 16  # of A, for which tiles are no larger
 _LEAST_ROWS = 32  # of A that the others have
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
@@ -488,16 +489,16 @@ class Constants(ConstantsBase):
     # stages that share the extras that lie in the ring with the first of them
     EVERY = known(lambda c: _stages_of_group(c))
     # stages whose scales of a row are read at once, and the groups that they are of
-    RUN = known(lambda c: max(1, min((8 if c.ALONG_K > 1 else 4) * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
+    RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
     EXTRAS = known(
         lambda c: 1 + c.SUMS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
     )
-    PREPARING = known(lambda c: 1 if c.SUMS else 2)  # warps
+    PREPARING = known(lambda c: 4 if c.CONSUMERS == 4 and c.BLOCK_M <= _MANY_LOAD else 2)  # warps
     # of raw operands: values of k whose products are corrected together
-    FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K))
+    FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
 
 
 def _box_chunks(chunks: int) -> int:
@@ -505,27 +506,34 @@ def _box_chunks(chunks: int) -> int:
     return chunks & -chunks
 
 
+def _warpgroups(tile: Tile) -> int:
+    """Of a block: those that multiply and one or two of warps that load."""
+    return tile.consumers + (2 if tile.consumers == 4 and tile.block_m <= _MANY_LOAD else 1)
+
+
 def _registers_of_thread(tile: Tile) -> int:
-    """Before warps are told apart: 4 warps for each consumer, 4 more for the others."""
-    return 65536 // tile.per_sm // (128 * (tile.consumers + 1)) // 8 * 8
+    """Before warps are told apart."""
+    return 65536 // tile.per_sm // (128 * _warpgroups(tile)) // 8 * 8
 
 
 def _stages_of_group(c: Any) -> int:
     """Stages of a group, where bodies and the ring hold whole groups; else 1."""
     group, stage_k, unroll = (x.value for x in (c.GROUP, c.STAGE_K, c.UNROLL))
     stages = max(1, group // stage_k)
-    whole = group and c.ALONG_K.value == 1 and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
+    whole = group and stage_k * unroll % group == 0 and c.STAGES.value % stages == 0
     return stages if whole else 1
 
 
-def _registers(tile: Tile, grouped: bool) -> dict[str, int]:
+def _registers(tile: Tile, grouped: bool, raw: bool) -> dict[str, int]:
     """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
     are; the warps that load get what is left, up to 128, and consumers the rest of it."""
-    total = (tile.consumers + 1) * _registers_of_thread(tile)
+    total = _warpgroups(tile) * _registers_of_thread(tile)
+    loaders = _warpgroups(tile) - tile.consumers
     least = (56 if tile.per_sm == 1 else 40) if grouped else 24
-    spare = total - tile.consumers * (tile.bands * (tile.block_m // 2 + 32) + 40)
+    each = tile.bands * (tile.block_m // (1 if raw else 2) + 32) + 40
+    spare = (total - tile.consumers * each) // loaders
     loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
-    consumers = (total - loading) // tile.consumers // 8 * 8
+    consumers = (total - loaders * loading) // tile.consumers // 8 * 8
     return {"REGISTERS": min(consumers, 240), "LOADING_REGISTERS": loading}
 
 
@@ -574,6 +582,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        **_registers(tile, group != 0),
+        **_registers(tile, group != 0, raw is not None),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

@@ -46,8 +46,8 @@ from .batch_raw_kernels import (
     by_threads_of_consumers,
     corrections,
     multiply_raw,
-    products_layout,
     read_factor,
+    sums_layout,
 )
 from .device import (
     decode_scale,
@@ -103,13 +103,16 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.constexpr_function
-def preparing_layout(GROUPS, BANDS, WARPS):
-    """The same shape, rows across one warp or two."""
-    registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+def preparing_layout(GROUPS, BANDS, WARPS, STAGE_GROUPS):
+    """The same shape, rows across two warps; of four, two have half of each stage's groups."""
+    groups = powers(GROUPS, 4, 0)
     lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
     warps = [[0, 2, 0, 0]]
-    if WARPS == 1:
-        registers, warps = registers + warps, []
+    if WARPS == 4:
+        half = [STAGE_GROUPS // 2, 0, 0, 0]
+        groups = [group for group in groups if group != half]
+        warps = [*warps, half]
+    registers = groups + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [GROUPS, 4 * BANDS, 2, 8])
 
 
@@ -385,8 +388,8 @@ def prepare(operands, P: gl.constexpr):
     BANDS: gl.constexpr = P.TILE_BANDS
     GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, P.PREPARING)
-    LR: gl.constexpr = preparing_layout(GROUPS, BANDS, P.PREPARING)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, P.PREPARING, P.STAGE_GROUPS)
+    LR: gl.constexpr = preparing_layout(GROUPS, BANDS, P.PREPARING, P.STAGE_GROUPS)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 1
@@ -433,24 +436,24 @@ def prepare(operands, P: gl.constexpr):
 
 @gluon.jit
 def add_up(operands, KTH: gl.constexpr, P: gl.constexpr):
-    """What offsets of raw operands add to tiles, of every second stage: one warp."""
+    """What offsets of raw operands add to tiles, for the KTH-th half of each stage: one warp."""
     (
         a_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n, tiles_m, whole, bodies,
     ) = operands  # fmt: skip
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
-    buffer = KTH
+    buffer = 0
     phase = 0
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
-        acc = gl.zeros([16, 8, 8], gl.float32, products_layout())
-        for _ in range(start * (P.UNROLL // 2), end * (P.UNROLL // 2)):
+        acc = gl.zeros([16, 64], gl.float32, sums_layout())
+        for _ in range(start * P.UNROLL, end * P.UNROLL):
             mbarrier.wait(ready.index(buffer), phase)
-            acc = add_offsets(acc, a_smem, e_smem, buffer, P)
+            acc = add_offsets(acc, a_smem, e_smem, buffer, KTH, P)
             fence_async_shared()
             mbarrier.arrive(empty.index(buffer))
-            buffer += 2
-            if buffer >= P.STAGES:
-                buffer -= P.STAGES
+            buffer += 1
+            if buffer == P.STAGES:
+                buffer = 0
                 phase ^= 1
         mbarrier.wait(taken.index(0), (s & 1) ^ 1)
         sum_smem.index(P.ALONG_K - 1 + KTH).store(by_threads_of_consumers(acc, P))
@@ -780,6 +783,8 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     ) = operands  # fmt: skip
     ROW: gl.constexpr = WHO % P.ALONG_ROWS
     KTH: gl.constexpr = WHO // P.ALONG_ROWS
+    OWN: gl.constexpr = P.STAGE_UNITS // P.ALONG_K  # units of a stage, from FIRST on
+    FIRST: gl.constexpr = KTH * OWN
     MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     # of no columns would be 8 that nothing uses
@@ -789,11 +794,10 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     # matrix instructions of a step that are waited for together
     EACH: gl.constexpr = 2 if P.MORE_M > 0 else 1
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
-    OWN: gl.constexpr = P.STAGE_UNITS
-    UNITS: gl.constexpr = P.UNROLL // P.ALONG_K * OWN  # of the stages that are its own
+    UNITS: gl.constexpr = P.UNROLL * OWN
     HALVES: gl.constexpr = P.UNIT_K // 64
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
-    buffer = KTH
+    buffer = 0
     phase = 0
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
@@ -814,26 +818,28 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                 if unit % OWN == 0:
                     mbarrier.wait(ready.index(buffer), phase)
                 if unit % P.TILE_UNITS == 0:
-                    main, extra = read_tile(w_smem, buffer, unit % OWN // P.TILE_UNITS, ROW, P)
+                    main, extra = read_tile(
+                        w_smem, buffer, (unit % OWN + FIRST) // P.TILE_UNITS, ROW, P
+                    )  # fmt: skip
                 if P.RAW:
                     if unit * P.UNIT_K % P.FOLD_K == 0:
-                        factor = read_factor(e_smem, buffer, acc, ROW, (unit % OWN) * P.UNIT_K, P)
+                        factor = read_factor(e_smem, buffer, acc, ROW, (unit % OWN + FIRST) * P.UNIT_K, P)
                         if unit * P.UNIT_K // P.FOLD_K % 2 == 0:
                             factors = (factor, factors[1])
                         else:
                             factors = (factors[0], factor)
                 elif P.EXTRAS > 0:
                     if unit % (P.EVERY * OWN) == 0 or (
-                        (unit % (P.EVERY * OWN)) * P.UNIT_K % P.GROUP == 0
+                        (unit % (P.EVERY * OWN) + KTH * OWN) * P.UNIT_K % P.GROUP == 0
                     ):
                         minus, scale, addend = read_extras(
                             e_smem, buffer // P.EVERY * P.EXTRAS, ROW,
-                            (unit % OWN) * P.UNIT_K // P.GROUP, P,
+                            (unit % OWN + FIRST) * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + ((unit % OWN) * HALVES + half)
+                    step = buffer * P.STEPS + ((unit % OWN + FIRST) * HALVES + half)
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
                         parts, acc = multiply_raw(
@@ -858,9 +864,9 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                         fence_async_shared()
                         mbarrier.arrive(empty.index(buffer))
                     previous = buffer
-                    buffer += P.ALONG_K
-                    if buffer >= P.STAGES:
-                        buffer -= P.STAGES
+                    buffer += 1
+                    if buffer == P.STAGES:
+                        buffer = 0
                         phase ^= 1
         # the operands of what follows may come from the kernel before this one
         wait_for_previous_kernel()
@@ -932,7 +938,7 @@ def batch_kernel(
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
-        mbarrier.init(empty.index(i), count=P.ALONG_ROWS + OFFSETS // 2)
+        mbarrier.init(empty.index(i), count=P.CONSUMERS + OFFSETS)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
@@ -968,19 +974,19 @@ def batch_kernel(
             (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
             (produce, (producing, P)), (prepare, (preparing, P)),
             (add_up, (adding, 0, P)), (add_up, (adding, 1, P)),
-        ], [4, 4, 4, 1, 1, 1, 1], [R, R, R, L, L, L, L])  # fmt: skip
+        ], [4, 4, 4, 1, P.PREPARING, 1, 1], [R, R, R, L, L, L, L])  # fmt: skip
     elif P.EXTRAS > 0:
         if P.CONSUMERS == 4:
             gl.warp_specialize([
                 (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
                 (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
                 (produce, (producing, P)), (prepare, (preparing, P)),
-            ], [4, 4, 4, 1, 2], [R, R, R, L, L])  # fmt: skip
+            ], [4, 4, 4, 1, P.PREPARING], [R, R, R, L, L])  # fmt: skip
         else:
             gl.warp_specialize([
                 (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
                 (produce, (producing, P)), (prepare, (preparing, P)),
-            ], [4, 1, 2], [R, L, L])  # fmt: skip
+            ], [4, 1, P.PREPARING], [R, L, L])  # fmt: skip
     elif P.CONSUMERS == 4:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
