@@ -34,7 +34,6 @@ from .wgmma import (
 
 KERNELS = ("batch",)
 _RAW_ROWS = int(os.environ.get('RAWROWS', '16'))  # of A, up to which operands are raw
-_MANY_LOAD = 32  # of A, up to which more warps prepare scales
 _FEW_ROWS = 16  # of A, for which tiles are no larger
 _LEAST_ROWS = 32  # of A that the others have
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
@@ -455,6 +454,7 @@ class Constants(ConstantsBase):
     SUMS: bool
     GROUP: int
     ALIGNED: bool
+    TWO_BYTES: bool
     BLOCK_M: int
     FIRST_M: int
     MORE_M: int
@@ -491,12 +491,14 @@ class Constants(ConstantsBase):
     # stages whose scales of a row are read at once, and the groups that they are of
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # 16-bit scales and zero points that are read as one value
+    TWO = known(lambda c: 2 if c.TWO_BYTES and c.ALIGNED and c.RUN_GROUPS.value % 2 == 0 else 1)
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
     EXTRAS = known(
         lambda c: 1 + c.SUMS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
     )
-    PREPARING = known(lambda c: 4 if c.CONSUMERS == 4 and c.BLOCK_M <= _MANY_LOAD else 2)  # warps
+    PREPARING = known(lambda c: 1 if c.SUMS else 2)  # warps
     # of raw operands: values of k whose products are corrected together
     FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
 
@@ -508,7 +510,7 @@ def _box_chunks(chunks: int) -> int:
 
 def _warpgroups(tile: Tile) -> int:
     """Of a block: those that multiply and one or two of warps that load."""
-    return tile.consumers + (2 if tile.consumers == 4 and tile.block_m <= _MANY_LOAD else 1)
+    return tile.consumers + 1
 
 
 def _registers_of_thread(tile: Tile) -> int:
@@ -569,6 +571,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         ZERO=zero,
         GROUP=group,
         ALIGNED=False,
+        TWO_BYTES=config.format.scale_encoding is None and config.zeros_mode != "quantized",
         BLOCK_M=tile.block_m,
         FIRST_M=tile.pieces[0],
         MORE_M=tile.pieces[1],

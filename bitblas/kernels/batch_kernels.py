@@ -103,16 +103,13 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.constexpr_function
-def preparing_layout(GROUPS, BANDS, WARPS, STAGE_GROUPS):
-    """The same shape, rows across two warps; of four, two have half of each stage's groups."""
-    groups = powers(GROUPS, 4, 0)
+def preparing_layout(GROUPS, BANDS, WARPS):
+    """The same shape, rows across one warp or two."""
+    registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
     lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
     warps = [[0, 2, 0, 0]]
-    if WARPS == 4:
-        half = [STAGE_GROUPS // 2, 0, 0, 0]
-        groups = [group for group in groups if group != half]
-        warps = [*warps, half]
-    registers = groups + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
+    if WARPS == 1:
+        registers, warps = registers + warps, []
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [GROUPS, 4 * BANDS, 2, 8])
 
 
@@ -280,15 +277,61 @@ def produce(operands, P: gl.constexpr):
 # --- scales and zero points ------------------------------------------------------------------
 
 
+@gluon.constexpr_function
+def in_twos(L):
+    """The layout of a preparing_layout's groups in twos."""
+    registers = [[basis[0] // 2, *basis[1:]] for basis in L.reg_bases if basis[0] != 1]
+    shape = [L.shape[0] // 2, *L.shape[1:]]
+    return gl.DistributedLinearLayout(registers, L.lane_bases, L.warp_bases, [], shape)
+
+
 @gluon.jit
-def load_extras(
-    SCALE, ZEROS, row, first, N, G, GROUPS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+def load_stored(
+    POINTER, row, n, first, N, G, GROUPS: gl.constexpr, TWO: gl.constexpr, P: gl.constexpr,
     L: gl.constexpr,
 ):  # fmt: skip
+    """What is stored of GROUPS groups from `first` on in rows row + n, in twos if TWO is 2; 0
+    beyond the edges."""
+    each = gl.arange(0, GROUPS // TWO, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    each = each.expand_dims(1).expand_dims(2).expand_dims(3)
+    if P.ALIGNED:  # lets the compiler see that all groups of a row can be read at once
+        G = G // GROUPS * (GROUPS // TWO)
+        first = first // GROUPS * (GROUPS // TWO)
+    mask = (row + n < N) & (first + each < G)
+    if TWO == 2:
+        POINTER = POINTER.to(gl.pointer_type(gl.int32), bitcast=True)
+    start = row.to(gl.int64) * G + first
+    return gl.load(POINTER + start + (n * G + each), mask=mask, other=0)
+
+
+@gluon.jit
+def unpacked(
+    x, THERE: gl.constexpr, DTYPE: gl.constexpr, TWO: gl.constexpr, L: gl.constexpr
+):  # fmt: skip
+    """Values of load_extras, each by itself; any where there are none."""
+    if TWO == 1:
+        return x
+    else:
+        low = x
+        high = x
+        if THERE:
+            low = (x & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
+            high = (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+        x = gl.join(low, high).permute([0, 4, 1, 2, 3])
+        x = x.reshape([2 * x.shape[0], x.shape[2], x.shape[3], x.shape[4]])
+        return gl.convert_layout(x, L, assert_trivial=True)
+
+
+@gluon.jit
+def load_extras(
+    SCALE, ZEROS, row, first, N, G, GROUPS: gl.constexpr, TWO: gl.constexpr, BANDS: gl.constexpr,
+    P: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
     """Scales and zero points, as they are stored, of GROUPS groups from `first` on, of 64 * BANDS
-    rows from `row` on; 0 beyond the edges."""
+    rows from `row` on; 0 beyond the edges. If TWO is 2, two 16-bit values in an int32 (`unpacked`):
+    those that are loaded well ahead would otherwise be waited for at once, to be put together in
+    registers that outlast an iteration."""
     L1: gl.constexpr = gl.SliceLayout(0, L)
-    each = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
     band = gl.arange(0, 4 * BANDS, gl.SliceLayout(1, gl.SliceLayout(2, L1)))
     r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, L1)))
     g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, L1)))
@@ -297,20 +340,17 @@ def load_extras(
         + r3.expand_dims(0).expand_dims(2) * 8
         + g.expand_dims(0).expand_dims(1)
     ).expand_dims(0)
-    each = each.expand_dims(1).expand_dims(2).expand_dims(3)
-    if P.ALIGNED:  # lets the compiler see that all groups of a row can be read at once
-        G = G // GROUPS * GROUPS
-        first = first // GROUPS * GROUPS
-    mask = (row + n < N) & (first + each < G)
-    scale = gl.zeros([GROUPS, 4 * BANDS, 2, 8], gl.int32, L)
+    scale = gl.zeros([GROUPS // TWO, 4 * BANDS, 2, 8], gl.int32, L)
     zero = scale
-    start = row.to(gl.int64) * G + first
     if P.SCALED:
-        scale = gl.load(SCALE + start + (n * G + each), mask=mask, other=0)
+        scale = load_stored(SCALE, row, n, first, N, G, GROUPS, TWO, P, L)
     if P.ZEROS_KIND == "quantized":
-        zero = packed_zeros(ZEROS, row + n, first + each, N, mask, P.BITS)
+        each = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+        group = first + each.expand_dims(1).expand_dims(2).expand_dims(3)
+        mask = (row + n < N) & (group < G)
+        zero = packed_zeros(ZEROS, row + n, group, N, mask, P.BITS)
     elif P.ZEROS_KIND != "none":
-        zero = gl.load(ZEROS + start + (n * G + each), mask=mask, other=0)
+        zero = load_stored(ZEROS, row, n, first, N, G, GROUPS, TWO, P, L)
     return scale, zero
 
 
@@ -375,63 +415,94 @@ def of_stage(x, STAGE: gl.constexpr, P: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
+def hand_over(
+    extras, rings, buffer, phase, STAGE: gl.constexpr, DTYPE: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """Stores what consumers take of the STAGE-th of a run's stages, once they have done with what
+    lies there. Returns the next place in the ring."""
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, P.TILE_BANDS, P.PREPARING)
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS, P.PREPARING)
+    scales, zeros = extras
+    e_smem, ready, empty = rings
+    scale = of_stage(unpacked(scales, P.SCALED, DTYPE, P.TWO, LR), STAGE, P, L)
+    zero = of_stage(unpacked(zeros, P.ZEROS_KIND != "none", DTYPE, P.TWO, LR), STAGE, P, L)
+    slot = buffer // P.EVERY * P.EXTRAS
+    if P.RAW:
+        factor, addend = corrections(scale, zero, P, L)
+    else:
+        minus, factor, addend = decoder_extras(scale, zero, DTYPE, P, L)
+    mbarrier.wait(empty.index(buffer), phase)
+    if P.MINUS:
+        e_smem.index(slot).store(minus)
+        slot += 1
+    if P.SCALED or P.RAW:
+        e_smem.index(slot).store(factor)
+        slot += 1
+    if P.ADDED or P.SUMS:
+        e_smem.index(slot).store(addend)
+    mbarrier.arrive(ready.index(buffer))
+    buffer += P.EVERY
+    if buffer == P.STAGES:
+        buffer = 0
+        phase ^= 1
+    return buffer, phase
+
+
+@gluon.jit
+def load_run(operands, row, run, P: gl.constexpr):
+    """Scales and zero points of a run of stages, of a tile's rows from `row` on."""
+    SCALE, ZEROS, N, G = operands
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS, P.PREPARING)
+    L: gl.constexpr = in_twos(LR) if P.TWO == 2 else LR
+    first = run * (P.RUN * P.STAGE_K) // P.GROUP
+    return load_extras(
+        SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TWO, P.TILE_BANDS, P, L
+    )  # fmt: skip
+
+
+@gluon.jit
 def prepare(operands, P: gl.constexpr):
     """Fills the ring with what decoders take besides words, where groups of k have their own.
 
     Warps of their own do it, well ahead: consumers that load scales would wait for them at each
     fence. A row's scales of RUN stages are read at once, a run ahead: they lie beside each other,
-    and 32 bytes come from the L2 for any of them.
+    and 32 bytes come from the L2 for any of them. Where a run is one stage, two runs ahead, into
+    one set of registers and another in turns: to move them would be to wait for them.
     """
     (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
     ) = operands  # fmt: skip
-    BANDS: gl.constexpr = P.TILE_BANDS
-    GROUPS: gl.constexpr = P.RUN_GROUPS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, P.PREPARING, P.STAGE_GROUPS)
-    LR: gl.constexpr = preparing_layout(GROUPS, BANDS, P.PREPARING, P.STAGE_GROUPS)
+    DTYPE: gl.constexpr = a_smem.dtype
+    loading = (SCALE, ZEROS, N, G)
+    rings = (e_smem, ready, empty)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 1
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
-        row = tile_n * (64 * BANDS)
+        row = tile_n * (64 * P.TILE_BANDS)
         begin = start * P.UNROLL
         stop = end * P.UNROLL
-        first = begin // RUN * (RUN * P.STAGE_K) // P.GROUP
-        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR)
-        for run in range(begin // RUN, (stop + RUN - 1) // RUN):
-            first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
-            next_scales, next_zeros = load_extras(
-                SCALE, ZEROS, row, first, N, G, GROUPS, BANDS, P, LR
-            )  # fmt: skip
-            keep_loads_here()
-            for i in gl.static_range(0, RUN, P.EVERY):
-                if (run * RUN + i >= begin) & (run * RUN + i < stop):
-                    scale = of_stage(scales, i, P, L)
-                    zero = of_stage(zeros, i, P, L)
-                    slot = buffer // P.EVERY * P.EXTRAS
-                    if P.RAW:
-                        factor, addend = corrections(scale, zero, P, L)
-                    else:
-                        minus, factor, addend = decoder_extras(scale, zero, a_smem.dtype, P, L)
-                    mbarrier.wait(empty.index(buffer), phase)
-                    if P.MINUS:
-                        e_smem.index(slot).store(minus)
-                        slot += 1
-                    if P.SCALED or P.RAW:
-                        e_smem.index(slot).store(factor)
-                        slot += 1
-                    if P.ADDED or P.SUMS:
-                        e_smem.index(slot).store(addend)
-                    mbarrier.arrive(ready.index(buffer))
-                    buffer += P.EVERY
-                    if buffer == P.STAGES:
-                        buffer = 0
-                        phase ^= 1
-            scales = next_scales
-            zeros = next_zeros
+        if RUN == 1:
+            even = load_run(loading, row, begin, P)
+            odd = load_run(loading, row, begin + 1, P)
+            for stage in range(begin, stop, 2):
+                buffer, phase = hand_over(even, rings, buffer, phase, 0, DTYPE, P)
+                even = load_run(loading, row, stage + 2, P)
+                if stage + 1 < stop:
+                    buffer, phase = hand_over(odd, rings, buffer, phase, 0, DTYPE, P)
+                odd = load_run(loading, row, stage + 3, P)
+        else:
+            extras = load_run(loading, row, begin // RUN, P)
+            for run in range(begin // RUN, (stop + RUN - 1) // RUN):
+                ahead = load_run(loading, row, run + 1, P)
+                keep_loads_here()
+                for i in gl.static_range(0, RUN, P.EVERY):
+                    if (run * RUN + i >= begin) & (run * RUN + i < stop):
+                        buffer, phase = hand_over(extras, rings, buffer, phase, i, DTYPE, P)
+                extras = ahead
 
 
 @gluon.jit
@@ -806,7 +877,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         if P.RAW:  # no use
             minus, scale, addend = 0, 0, 0
         elif P.GROUP == 0:
-            scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
+            scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, 1, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
