@@ -85,17 +85,19 @@ def sum_parts(a_smem, buffer, KTH: gl.constexpr, P: gl.constexpr):
     )  # fmt: skip
     EACH: gl.constexpr = max(1, BOXES // 8)  # boxes of a part
     PARTS: gl.constexpr = min(4, BOXES // 2)  # 2: the halves of 16 rows are different parts
-    found = gl.zeros([16, 8], gl.float32, MMA)
-    for part in gl.static_range(PARTS):
-        sums = gl.zeros([16, 8], gl.float32, MMA)
-        for i in gl.static_range(EACH):
-            box = boxes.index(buffer * BOXES + ((KTH * PARTS + part) * EACH + i))
-            sums = mma_v2(box.load(DOT), ones, sums)
+    each = ()  # box by box, as a matrix instruction waits for the one whose sums it adds to
+    for i in gl.static_range(PARTS * EACH):
+        box = boxes.index(buffer * BOXES + (KTH * PARTS * EACH + i)).load(DOT)
+        sums = mma_v2(box, ones, gl.zeros([16, 8], gl.float32, MMA))
         sums, _ = gl.split(sums.reshape([16, 4, 2]))  # of columns that are all alike
-        if part == 0:
-            found = gl.zeros_like(sums)
-        row = gl.arange(0, 16, gl.SliceLayout(1, sums.type.layout)).expand_dims(1)
-        column = gl.arange(0, 4, gl.SliceLayout(0, sums.type.layout)).expand_dims(0)
+        each = each + (sums,)
+    found = gl.zeros_like(each[0])
+    row = gl.arange(0, 16, gl.SliceLayout(1, found.type.layout)).expand_dims(1)
+    column = gl.arange(0, 4, gl.SliceLayout(0, found.type.layout)).expand_dims(0)
+    for part in gl.static_range(PARTS):
+        sums = each[part * EACH]
+        for i in gl.static_range(1, EACH):
+            sums += each[part * EACH + i]
         if PARTS == 4:
             found = gl.where(column + 0 * row == part, sums, found)
         else:
