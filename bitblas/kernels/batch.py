@@ -194,9 +194,9 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
         kinds = 1 + _adds_up(config, raw)
     if group:
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
-    sums = tile.along_k - 1 + (2 if kinds == 2 and raw is not None else 0)
+    sums = tile.along_k - 1 + (1 if kinds == 2 and raw is not None else 0)
     out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * sums)
-    return tile.stages * (stage + 16) + out + 512
+    return tile.stages * (stage + 16) + out + 1024 + 2048
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -422,7 +422,7 @@ def launches(
     }
     constants = {"P": _constants(config, tile, in_parts)}
     # registers of a thread before warps are told apart
-    options: dict[str, Any] = {"maxnreg": _registers_of_thread(tile)}
+    options: dict[str, Any] = {"maxnreg": _registers_of_thread(config, tile)}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
     return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
@@ -498,7 +498,6 @@ class Constants(ConstantsBase):
     EXTRAS = known(
         lambda c: 1 + c.SUMS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
     )
-    PREPARING = known(lambda c: 1 if c.SUMS else 2)  # warps
     # of raw operands: values of k whose products are corrected together
     FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
 
@@ -508,14 +507,15 @@ def _box_chunks(chunks: int) -> int:
     return chunks & -chunks
 
 
-def _warpgroups(tile: Tile) -> int:
-    """Of a block: those that multiply and one or two of warps that load."""
-    return tile.consumers + 1
+def _warpgroups(config: MatmulConfig, tile: Tile) -> int:
+    """Of a block: those that multiply, one that loads, and one that adds offsets."""
+    raw = raw_decoder(config, tile)
+    return tile.consumers + 1 + (raw is not None and _adds_up(config, raw))
 
 
-def _registers_of_thread(tile: Tile) -> int:
+def _registers_of_thread(config: MatmulConfig, tile: Tile) -> int:
     """Before warps are told apart."""
-    return 65536 // tile.per_sm // (128 * _warpgroups(tile)) // 8 * 8
+    return 65536 // tile.per_sm // (128 * _warpgroups(config, tile)) // 8 * 8
 
 
 def _stages_of_group(c: Any) -> int:
@@ -526,16 +526,17 @@ def _stages_of_group(c: Any) -> int:
     return stages if whole else 1
 
 
-def _registers(tile: Tile, grouped: bool, raw: bool) -> dict[str, int]:
+def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
     """Of threads: what a consumer's accumulators and operands take and 40 more, as far as there
     are; the warps that load get what is left, up to 128, and consumers the rest of it."""
-    total = _warpgroups(tile) * _registers_of_thread(tile)
-    loaders = _warpgroups(tile) - tile.consumers
+    grouped, raw = group_of(config) != 0, raw_decoder(config, tile) is not None
+    total = _warpgroups(config, tile) * _registers_of_thread(config, tile)
+    others = _warpgroups(config, tile) - tile.consumers
     least = (56 if tile.per_sm == 1 else 40) if grouped else 24
     each = tile.bands * (tile.block_m // (1 if raw else 2) + 32) + 40
-    spare = (total - tile.consumers * each) // loaders
+    spare = (total - tile.consumers * each) // others
     loading = min(max(spare, least), 128 if grouped else least) // 8 * 8
-    consumers = (total - loaders * loading) // tile.consumers // 8 * 8
+    consumers = (total - others * loading) // tile.consumers // 8 * 8
     return {"REGISTERS": min(consumers, 240), "LOADING_REGISTERS": loading}
 
 
@@ -585,6 +586,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
-        **_registers(tile, group != 0, raw is not None),
+        **_registers(config, tile),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

@@ -43,11 +43,9 @@ from __future__ import annotations
 
 from .batch_raw_kernels import (
     add_offsets,
-    by_threads_of_consumers,
+    correction,
     corrections,
     multiply_raw,
-    read_factor,
-    sums_layout,
 )
 from .device import (
     decode_scale,
@@ -103,14 +101,12 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.constexpr_function
-def preparing_layout(GROUPS, BANDS, WARPS):
-    """The same shape, rows across one warp or two."""
+def preparing_layout(GROUPS, BANDS):
+    """The same shape, rows across two warps."""
     registers = powers(GROUPS, 4, 0) + [[0, 4 << i, 0, 0] for i in range(5) if 1 << i < BANDS]
     lanes = [*powers(8, 4, 3), [0, 0, 1, 0], [0, 1, 0, 0]]
-    warps = [[0, 2, 0, 0]]
-    if WARPS == 1:
-        registers, warps = registers + warps, []
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [GROUPS, 4 * BANDS, 2, 8])
+    shape = [GROUPS, 4 * BANDS, 2, 8]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 2, 0, 0]], [], shape)
 
 
 # --- who does what ---------------------------------------------------------------------------
@@ -420,8 +416,8 @@ def hand_over(
 ):  # fmt: skip
     """Stores what consumers take of the STAGE-th of a run's stages, once they have done with what
     lies there. Returns the next place in the ring."""
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, P.TILE_BANDS, P.PREPARING)
-    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS, P.PREPARING)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, P.TILE_BANDS)
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS)
     scales, zeros = extras
     e_smem, ready, empty = rings
     scale = of_stage(unpacked(scales, P.SCALED, DTYPE, P.TWO, LR), STAGE, P, L)
@@ -452,7 +448,7 @@ def hand_over(
 def load_run(operands, row, run, P: gl.constexpr):
     """Scales and zero points of a run of stages, of a tile's rows from `row` on."""
     SCALE, ZEROS, N, G = operands
-    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS, P.PREPARING)
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS)
     L: gl.constexpr = in_twos(LR) if P.TWO == 2 else LR
     first = run * (P.RUN * P.STAGE_K) // P.GROUP
     return load_extras(
@@ -506,28 +502,29 @@ def prepare(operands, P: gl.constexpr):
 
 
 @gluon.jit
-def add_up(operands, KTH: gl.constexpr, P: gl.constexpr):
-    """What offsets of raw operands add to tiles, for the KTH-th half of each stage: one warp."""
+def add_up(operands, P: gl.constexpr):
+    """What offsets of raw operands add to tiles: a warpgroup, as if it were another consumer."""
     (
-        a_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n, tiles_m, whole, bodies,
+        a_smem, ones_smem, totals_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n,
+        tiles_m, whole, bodies,
     ) = operands  # fmt: skip
+    MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 0
     for s in range(count):
         tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
-        acc = gl.zeros([16, 64], gl.float32, sums_layout())
+        acc = gl.zeros([64, P.FIRST_M], gl.float32, MMA)
         for _ in range(start * P.UNROLL, end * P.UNROLL):
             mbarrier.wait(ready.index(buffer), phase)
-            acc = add_offsets(acc, a_smem, e_smem, buffer, KTH, P)
-            fence_async_shared()
+            acc = add_offsets(acc, a_smem, ones_smem, totals_smem, e_smem, buffer, P)
             mbarrier.arrive(empty.index(buffer))
             buffer += 1
             if buffer == P.STAGES:
                 buffer = 0
                 phase ^= 1
         mbarrier.wait(taken.index(0), (s & 1) ^ 1)
-        sum_smem.index(P.ALONG_K - 1 + KTH).store(by_threads_of_consumers(acc, P))
+        sum_smem.index(P.ALONG_K - 1).store(by_threads(acc))
         mbarrier.arrive(there.index(0))
 
 
@@ -839,7 +836,7 @@ def sum_along_k(
     else:
         mbarrier.wait(there, nth & 1)
         x = by_threads(acc)
-        for k in gl.static_range(PARTS + (2 if P.SUMS else 0)):
+        for k in gl.static_range(PARTS + P.SUMS):
             x += sum_smem.index(ROW * PARTS + k).load(x.type.layout)
         mbarrier.arrive(taken)
         return by_rows(x, acc)
@@ -894,7 +891,10 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     )  # fmt: skip
                 if P.RAW:
                     if unit * P.UNIT_K % P.FOLD_K == 0:
-                        factor = read_factor(e_smem, buffer, acc, ROW, (unit % OWN + FIRST) * P.UNIT_K, P)
+                        factor = correction(
+                            e_smem.index(buffer * P.EXTRAS), ROW, (unit % OWN + FIRST) * P.UNIT_K,
+                            acc, P,
+                        )  # fmt: skip
                         if unit * P.UNIT_K // P.FOLD_K % 2 == 0:
                             factors = (factor, factors[1])
                         else:
@@ -967,7 +967,6 @@ def batch_kernel(
     batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
-    OFFSETS: gl.constexpr = 2 if P.SUMS else 0  # warps that find what they add
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.FIRST_M, 64], A.layout)
     more_smem = a_smem
     if MORE is not None:
@@ -996,20 +995,27 @@ def batch_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     sum_smem = gl.allocate_shared_memory(
-        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS + OFFSETS), ROWS * P.FIRST_M],
+        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS + P.SUMS), ROWS * P.FIRST_M],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )  # fmt: skip
+    totals_smem = gl.allocate_shared_memory(
+        gl.float32, [P.STEPS if P.SUMS else 1, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )  # fmt: skip
+    ones_smem = gl.allocate_shared_memory(A.dtype, [8, 64], gl.NVMMASharedLayout(128, 16, 2))
+    if P.SUMS:
+        L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+        ones_smem.store(gl.full([8, 64], 1.0, A.dtype, L))
     there = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     if P.ALONG_K > 1:
         ALONG_ROWS: gl.constexpr = P.ALONG_ROWS
         for i in gl.static_range(ALONG_ROWS):
-            mbarrier.init(there.index(i), count=P.ALONG_K - 1 + OFFSETS)
+            mbarrier.init(there.index(i), count=P.ALONG_K - 1 + P.SUMS)
             mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
-        mbarrier.init(empty.index(i), count=P.CONSUMERS + OFFSETS)
+        mbarrier.init(empty.index(i), count=P.CONSUMERS + P.SUMS)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
@@ -1033,39 +1039,39 @@ def batch_kernel(
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,
     )  # fmt: skip
     adding = (
-        a_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n, tiles_m, WHOLE, bodies,
+        a_smem, ones_smem, totals_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n,
+        tiles_m, WHOLE, bodies,
     )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
-    L: gl.constexpr = P.LOADING_REGISTERS
+    LOADING: gl.constexpr = P.LOADING_REGISTERS
     # functions cannot be put together in a variable, so each set of roles stands here
     if P.SUMS:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
-            (produce, (producing, P)), (prepare, (preparing, P)),
-            (add_up, (adding, 0, P)), (add_up, (adding, 1, P)),
-        ], [4, 4, 4, 1, P.PREPARING, 1, 1], [R, R, R, L, L, L, L])  # fmt: skip
+            (add_up, (adding, P)), (produce, (producing, P)), (prepare, (preparing, P)),
+        ], [4, 4, 4, 4, 1, 2], [R, R, R, LOADING, LOADING, LOADING])  # fmt: skip
     elif P.EXTRAS > 0:
         if P.CONSUMERS == 4:
             gl.warp_specialize([
                 (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
                 (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
                 (produce, (producing, P)), (prepare, (preparing, P)),
-            ], [4, 4, 4, 1, P.PREPARING], [R, R, R, L, L])  # fmt: skip
+            ], [4, 4, 4, 1, 2], [R, R, R, LOADING, LOADING])  # fmt: skip
         else:
             gl.warp_specialize([
                 (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
                 (produce, (producing, P)), (prepare, (preparing, P)),
-            ], [4, 1, P.PREPARING], [R, L, L])  # fmt: skip
+            ], [4, 1, 2], [R, LOADING, LOADING])  # fmt: skip
     elif P.CONSUMERS == 4:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
             (produce, (producing, P)),
-        ], [4, 4, 4, 1], [R, R, R, L])  # fmt: skip
+        ], [4, 4, 4, 1], [R, R, R, LOADING])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (produce, (producing, P)),
-        ], [4, 1], [R, L])  # fmt: skip
+        ], [4, 1], [R, LOADING])  # fmt: skip

@@ -11,8 +11,8 @@ With index r3, which says in which half of 16 rows a weight lies (bitblas.kernel
 
 from __future__ import annotations
 
-from .device import decode_scale, extras_layout, of_rows, powers
-from .versions import gl, gluon, mbarrier, mma_v2, reinterpret, warpgroup_mma, warpgroup_mma_wait
+from .device import decode_scale, extras_layout, of_rows
+from .versions import gl, gluon, reinterpret, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
@@ -39,113 +39,62 @@ def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
 # --- sums of A times offsets -----------------------------------------------------------------
 
 
-@gluon.constexpr_function
-def sums_layout():
-    """Accumulators of mma.sync, of one warp."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-
-
-@gluon.constexpr_function
-def offsets_layout(GROUPS):
-    """[GROUPS, parts of a group, 4, 2 row halves, 8], 4 parts in all: as the column operand of
-    mma.sync, for half of its values of k."""
-    parts = 4 // GROUPS
-    registers = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0]]
-    lanes = powers(parts, 5, 1) + powers(GROUPS, 5, 0) + powers(8, 5, 4)
-    return gl.DistributedLinearLayout(registers, lanes, [], [], [GROUPS, parts, 4, 2, 8])
-
-
 @gluon.jit
-def halves(x):
-    """A float32 as the sum of two that the matrix units take for what they are (tf32)."""
-    high = (x.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
-    return high, x - high
-
-
-@gluon.jit
-def side_by_side(x, y, DIM: gl.constexpr):
-    """Two matrices as one: y follows x along the dimension, 0 or 1."""
-    z = gl.join(x, y)
-    if DIM == 0:
-        return z.permute([2, 0, 1]).reshape([2 * x.shape[0], x.shape[1]])
+def sum_activations(a_smem, ones_smem, totals_smem, buffer, P: gl.constexpr):
+    """Sums of each box of a stage of A, 64 k, by matrix instructions: 64 rows of some boxes that
+    lie one after the other, times a column operand of ones."""
+    TILES: gl.constexpr = P.STEPS * P.FIRST_M // 64
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16]
+    )  # fmt: skip
+    a = reinterpret(
+        a_smem, a_smem.dtype, [P.STAGES * TILES, 64, 64], gl.NVMMASharedLayout(128, 16, 2)
+    )  # fmt: skip
+    totals = reinterpret(
+        totals_smem, gl.float32, [TILES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )  # fmt: skip
+    sums = ()
+    for i in gl.static_range(TILES):
+        sums = sums + (
+            warpgroup_mma(
+                a.index(buffer * TILES + i), ones_smem.permute((1, 0)),
+                gl.zeros([64, 8], gl.float32, MMA), use_acc=False, is_async=True,
+            ),
+        )  # fmt: skip
+    if TILES == 1:
+        sums = (warpgroup_mma_wait(0, deps=sums),)
     else:
-        return z.permute([0, 2, 1]).reshape([x.shape[0], 2 * x.shape[1]])
+        sums = warpgroup_mma_wait(0, deps=sums)
+    for i in gl.static_range(TILES):
+        totals.index(i).store(gl.max(sums[i], axis=1))  # columns are all alike
 
 
 @gluon.jit
-def sum_parts(a_smem, buffer, KTH: gl.constexpr, P: gl.constexpr):
-    """Sums of A over each eighth of a stage, those of its KTH-th half: [16, 4]. Products with a
-    column operand of ones; boxes of 8 rows of A are taken in twos, as 16 rows."""
-    MMA: gl.constexpr = sums_layout()
-    DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    ones = gl.full([64, 8], 1.0, a_smem.dtype, gl.DotOperandLayout(1, MMA, 2))
-    BOXES: gl.constexpr = P.STEPS * P.FIRST_M // 16
-    boxes = reinterpret(
-        a_smem, a_smem.dtype, [P.STAGES * BOXES, 16, 64], gl.NVMMASharedLayout(128, 16, 2)
-    )  # fmt: skip
-    EACH: gl.constexpr = max(1, BOXES // 8)  # boxes of a part
-    PARTS: gl.constexpr = min(4, BOXES // 2)  # 2: the halves of 16 rows are different parts
-    each = ()  # box by box, as a matrix instruction waits for the one whose sums it adds to
-    for i in gl.static_range(PARTS * EACH):
-        box = boxes.index(buffer * BOXES + (KTH * PARTS * EACH + i)).load(DOT)
-        sums = mma_v2(box, ones, gl.zeros([16, 8], gl.float32, MMA))
-        sums, _ = gl.split(sums.reshape([16, 4, 2]))  # of columns that are all alike
-        each = each + (sums,)
-    found = gl.zeros_like(each[0])
-    row = gl.arange(0, 16, gl.SliceLayout(1, found.type.layout)).expand_dims(1)
-    column = gl.arange(0, 4, gl.SliceLayout(0, found.type.layout)).expand_dims(0)
-    for part in gl.static_range(PARTS):
-        sums = each[part * EACH]
-        for i in gl.static_range(1, EACH):
-            sums += each[part * EACH + i]
-        if PARTS == 4:
-            found = gl.where(column + 0 * row == part, sums, found)
-        else:
-            found = gl.where(column == 2 * part + row // 8, sums, found)
-    return found
+def correction(smem, ROW: gl.constexpr, K: gl.constexpr, like, P: gl.constexpr):
+    """What belongs to the group of a stage's k: [64 * BANDS, 1] of float32."""
+    GROUP: gl.constexpr = K // P.GROUP if P.GROUP > 0 else 0
+    x = smem.slice(GROUP, 1, 0).slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
+    x = x.load(extras_layout(1, P.BANDS)).reshape([64 * P.BANDS])
+    return of_rows(x, like).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def add_offsets(acc, a_smem, e_smem, buffer, KTH: gl.constexpr, P: gl.constexpr):
-    """acc, [16, 64 rows of W], plus the offsets of the KTH-th half of a stage times sums of A."""
-    MMA: gl.constexpr = sums_layout()
-    GROUPS: gl.constexpr = max(1, P.STAGE_GROUPS // 2)
-    FIRST: gl.constexpr = KTH * GROUPS if P.STAGE_GROUPS > 1 else 0
-    L: gl.constexpr = offsets_layout(GROUPS)
-    high, low = halves(sum_parts(a_smem, buffer, KTH, P))
-    sums = side_by_side(high, low, 1)
-    sums = side_by_side(sums, sums, 1)
-    x = e_smem.index(buffer * P.EXTRAS + 1).slice(FIRST, GROUPS, 0).load(gl.SliceLayout(1, L))
-    x = gl.broadcast(x.expand_dims(1), gl.zeros([GROUPS, 4 // GROUPS, 4, 2, 8], x.dtype, L))[0]
-    high, low = halves(x.reshape([4, 64]).to(gl.float32, bitcast=True))
-    offsets = side_by_side(side_by_side(high, high, 0), side_by_side(low, low, 0), 0)
-    return mma_v2(
-        gl.convert_layout(sums, gl.DotOperandLayout(0, MMA, 1), assert_trivial=True),
-        gl.convert_layout(offsets, gl.DotOperandLayout(1, MMA, 1), assert_trivial=True),
-        acc, input_precision="tf32",
-    )  # fmt: skip
-
-
-@gluon.jit
-def by_threads_of_consumers(x, P: gl.constexpr):
-    """What add_offsets has found as batch_kernels.by_threads has a consumer's products."""
-    if P.FIRST_M == 8:
-        x = gl.sum(x.reshape([2, 8, 64]), axis=0)
-    x = x.reshape([P.FIRST_M // 8, 4, 2, 4, 2, 8]).permute([0, 3, 5, 1, 4, 2])
-    return x.reshape([64 * P.FIRST_M])
+def add_offsets(acc, a_smem, ones_smem, totals_smem, e_smem, buffer, P: gl.constexpr):
+    """acc plus the offsets of a stage's groups times the sums of A over them."""
+    sum_activations(a_smem, ones_smem, totals_smem, buffer, P)
+    BOXES: gl.constexpr = P.FOLD_K // 64
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
+    for fold in gl.static_range(P.STEPS // BOXES):
+        offset = correction(e_smem.index(buffer * P.EXTRAS + 1), 0, fold * P.FOLD_K, acc, P)
+        totals = totals_smem.index(fold * BOXES).load(COLUMNS)
+        for i in gl.static_range(1, BOXES):
+            totals += totals_smem.index(fold * BOXES + i).load(COLUMNS)
+        totals, acc = gl.broadcast(totals.expand_dims(0), acc)
+        acc = gl.fma(totals, gl.broadcast(offset, acc)[0], acc)
+    return acc
 
 
 # --- raw products ----------------------------------------------------------------------------
-
-
-@gluon.jit
-def read_factor(e_smem, buffer, like, ROW: gl.constexpr, K: gl.constexpr, P: gl.constexpr):
-    """What the products of the group of a stage's k are multiplied by: [64 * BANDS, 1]."""
-    GROUP: gl.constexpr = K // P.GROUP if P.GROUP > 0 else 0
-    x = e_smem.index(buffer * P.EXTRAS).slice(GROUP, 1, 0)
-    x = x.slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
-    x = x.load(extras_layout(1, P.BANDS)).reshape([64 * P.BANDS])
-    return of_rows(x, like).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
