@@ -181,12 +181,19 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
         tma_load(W, where, barrier, w_smem.index(buffer * BOXES + box))
 
 
+@gluon.constexpr_function
+def place_of_box(box, BOXES, PARTS):
+    """Where a box of A lies in its stage: the first of each part, then the second of each, .."""
+    each = BOXES // PARTS
+    return box % each * PARTS + box // each
+
+
 @gluon.jit
 def load_boxes(A, barrier, a_smem, buffer, row, stage, P: gl.constexpr):
     STEPS: gl.constexpr = P.STEPS
     for step in gl.static_range(STEPS):
         where = [row, (stage * STEPS + step) * A.block_type.shape[1]]
-        tma_load(A, where, barrier, a_smem.index(buffer * STEPS + step))
+        tma_load(A, where, barrier, a_smem.index(buffer * STEPS + place_of_box(step, STEPS, P.PARTS)))
 
 
 @gluon.jit
@@ -910,7 +917,9 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + ((unit % OWN + FIRST) * HALVES + half)
+                    step = buffer * P.STEPS + place_of_box(
+                        (unit % OWN + FIRST) * HALVES + half, P.STEPS, P.PARTS
+                    )  # fmt: skip
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
                         parts, acc = multiply_raw(
@@ -999,7 +1008,7 @@ def batch_kernel(
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )  # fmt: skip
     totals_smem = gl.allocate_shared_memory(
-        gl.float32, [P.STEPS if P.SUMS else 1, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.float32, [P.PARTS if P.SUMS else 1, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )  # fmt: skip
     ones_smem = gl.allocate_shared_memory(A.dtype, [8, 64], gl.NVMMASharedLayout(128, 16, 2))
     if P.SUMS:

@@ -41,9 +41,10 @@ def corrections(scale, zero, P: gl.constexpr, L: gl.constexpr):
 
 @gluon.jit
 def sum_activations(a_smem, ones_smem, totals_smem, buffer, P: gl.constexpr):
-    """Sums of each box of a stage of A, 64 k, by matrix instructions: 64 rows of some boxes that
-    lie one after the other, times a column operand of ones."""
+    """Sums of A over each part of a stage's k, by matrix instructions: 64 rows of boxes that lie
+    one after the other, of as many parts, times a column operand of ones."""
     TILES: gl.constexpr = P.STEPS * P.FIRST_M // 64
+    SUMS: gl.constexpr = P.PARTS * P.FIRST_M // 64
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16]
     )  # fmt: skip
@@ -51,21 +52,22 @@ def sum_activations(a_smem, ones_smem, totals_smem, buffer, P: gl.constexpr):
         a_smem, a_smem.dtype, [P.STAGES * TILES, 64, 64], gl.NVMMASharedLayout(128, 16, 2)
     )  # fmt: skip
     totals = reinterpret(
-        totals_smem, gl.float32, [TILES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        totals_smem, gl.float32, [SUMS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )  # fmt: skip
+    ones = ones_smem.permute((1, 0))
     sums = ()
-    for i in gl.static_range(TILES):
-        sums = sums + (
-            warpgroup_mma(
-                a.index(buffer * TILES + i), ones_smem.permute((1, 0)),
-                gl.zeros([64, 8], gl.float32, MMA), use_acc=False, is_async=True,
-            ),
-        )  # fmt: skip
-    if TILES == 1:
+    for i in gl.static_range(SUMS):
+        one = gl.zeros([64, 8], gl.float32, MMA)
+        for tile in gl.static_range(i, TILES, SUMS):
+            one = warpgroup_mma(
+                a.index(buffer * TILES + tile), ones, one, use_acc=tile > i, is_async=True
+            )  # fmt: skip
+        sums = sums + (one,)
+    if SUMS == 1:
         sums = (warpgroup_mma_wait(0, deps=sums),)
     else:
         sums = warpgroup_mma_wait(0, deps=sums)
-    for i in gl.static_range(TILES):
+    for i in gl.static_range(SUMS):
         totals.index(i).store(gl.max(sums[i], axis=1))  # columns are all alike
 
 
@@ -82,15 +84,14 @@ def correction(smem, ROW: gl.constexpr, K: gl.constexpr, like, P: gl.constexpr):
 def add_offsets(acc, a_smem, ones_smem, totals_smem, e_smem, buffer, P: gl.constexpr):
     """acc plus the offsets of a stage's groups times the sums of A over them."""
     sum_activations(a_smem, ones_smem, totals_smem, buffer, P)
-    BOXES: gl.constexpr = P.FOLD_K // 64
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
-    for fold in gl.static_range(P.STEPS // BOXES):
-        offset = correction(e_smem.index(buffer * P.EXTRAS + 1), 0, fold * P.FOLD_K, acc, P)
-        totals = totals_smem.index(fold * BOXES).load(COLUMNS)
-        for i in gl.static_range(1, BOXES):
-            totals += totals_smem.index(fold * BOXES + i).load(COLUMNS)
-        totals, acc = gl.broadcast(totals.expand_dims(0), acc)
-        acc = gl.fma(totals, gl.broadcast(offset, acc)[0], acc)
+    for part in gl.static_range(P.PARTS):
+        offset = correction(
+            e_smem.index(buffer * P.EXTRAS + 1), 0, part * (P.STAGE_K // P.PARTS), acc, P
+        )  # fmt: skip
+        total = totals_smem.index(part).load(COLUMNS).expand_dims(0)
+        total, acc = gl.broadcast(total, acc)
+        acc = gl.fma(total, gl.broadcast(offset, acc)[0], acc)
     return acc
 
 
