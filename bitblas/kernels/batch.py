@@ -6,7 +6,6 @@ the one that `microseconds` predicts to be the fastest first, `launches` says wh
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -33,14 +32,13 @@ from .wgmma import (
 )
 
 KERNELS = ("batch",)
-_RAW_ROWS = int(os.environ.get('RAWROWS', '16'))  # of A, up to which operands are raw
 _FEW_ROWS = 16  # of A, for which tiles are no larger
 _LEAST_ROWS = 32  # of A that the others have
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
 SWEEP = 4  # tiles of A's rows that are done before the next ones of W's
-_CONSUMERS = ((2, 1), (2, 2), (4, 2), (4, 4))  # warpgroups that multiply, and those that divide a stage's k
+_CONSUMERS = ((2, 1), (4, 2), (4, 4))  # warpgroups that multiply, and those that divide a stage's k
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class Tile(WgmmaTile):
         if (self.consumers, self.along_k) not in _CONSUMERS:
             got = (self.consumers, self.along_k)
             raise ValueError(f"(consumers, along_k): got {got}, expected one of {_CONSUMERS}")
+        if self.along_k > 1 and self.unroll > 1:
+            raise ValueError(f"unroll: got {self.unroll}, expected 1 where consumers divide k")
 
     @property
     def rows(self) -> int:
@@ -138,10 +138,11 @@ def raw_decoder(config: MatmulConfig, tile: Tile) -> PairDecoder | None:
     """The decoder of a tile whose operands are raw: codes as they come, which leave scales and zero
     points to the sums of each group; None for other tiles. For few rows of A that is less work."""
     decoder, group = pair_decoder(config.format, config.A_dtype), group_of(config)
-    if tile.block_m > _RAW_ROWS or tile.along_k != 4 or decoder is None or decoder.entry:
+    if tile.block_m > _FEW_ROWS or tile.along_k != 4 or decoder is None or decoder.entry:
         return None
-    # a warp prepares 8 groups of a stage without spilling
-    return decoder if 64 <= group and tile.stage_k <= 8 * group else None
+    # boxes of A fill at least one row operand of wgmma, and there are 8 sums of them or fewer
+    fits = 4096 // tile.block_m <= tile.stage_k <= 8 * group
+    return decoder if 64 <= group and fits else None
 
 
 def _adds_up(config: MatmulConfig, raw: PairDecoder) -> bool:
@@ -189,14 +190,15 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
     group, extras, raw = group_of(config), _extras(config), raw_decoder(config, tile)
-    kinds = extras.based + extras.scaled + extras.added
+    kinds, sums, scratch = extras.based + extras.scaled + extras.added, tile.along_k - 1, 1024
     if raw is not None:
         kinds = 1 + _adds_up(config, raw)
+        sums += _adds_up(config, raw)
+        scratch += 2048 * _adds_up(config, raw)
     if group:
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
-    sums = tile.along_k - 1 + (1 if kinds == 2 and raw is not None else 0)
     out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * sums)
-    return tile.stages * (stage + 16) + out + 1024 + 2048
+    return tile.stages * (stage + 16) + out + scratch
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -300,7 +302,7 @@ def _fitting(
                 continue  # a long ring is one of whole bodies: see Constants.EVERY
             shape = (block_m, 1, consumers, stage_k, stages, unroll, blocks)
             tile = Tile(*shape, per_sm=per_sm, along_k=along_k)
-            if block_m <= _RAW_ROWS and raw_decoder(config, tile) is None:
+            if block_m < _FEW_ROWS and raw_decoder(config, tile) is None:
                 return None
             if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
                 return tile
@@ -415,8 +417,10 @@ def launches(
         "FLAGS": Workspace(slots, torch.int64) if in_parts else None,
         "M": m,
         "N": config.N,
-        "K": config.K,
         "G": config.num_groups,
+        "TILES_N": tiles_n,
+        "TILES_M": tiles_m,
+        "BODIES": bodies,
         "WHOLE": whole,
         "EARLY": Settled(),
     }

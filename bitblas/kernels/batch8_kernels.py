@@ -170,8 +170,8 @@ def prepare(operands, P: gl.constexpr):
     SCALE, ZEROS, SUMS, e_smem, s_smem, ready, empty, M, N, G, tiles_n, tiles_m, bodies = operands
     BANDS: gl.constexpr = P.BANDS * P.CONSUMERS
     RUN: gl.constexpr = P.RUN
-    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS, 2)
-    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS, 2)
+    L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
+    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS)
     if SUMS is not None:
         wait_for_previous_kernel()
     stages = bodies * P.UNROLL
@@ -181,14 +181,14 @@ def prepare(operands, P: gl.constexpr):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
         first = tile * 0
-        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR)
+        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, 1, BANDS, P, LR)
         sums = scales
         if SUMS is not None:
             sums = load_sums_of_run(SUMS, tile_m, first, M, G, P)
         for run in range((stages + RUN - 1) // RUN):
             first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
             next_scales, next_zeros = load_extras(
-                SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR
+                SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, 1, BANDS, P, LR
             )  # fmt: skip
             next_sums = next_scales
             if SUMS is not None:

@@ -193,7 +193,9 @@ def load_boxes(A, barrier, a_smem, buffer, row, stage, P: gl.constexpr):
     STEPS: gl.constexpr = P.STEPS
     for step in gl.static_range(STEPS):
         where = [row, (stage * STEPS + step) * A.block_type.shape[1]]
-        tma_load(A, where, barrier, a_smem.index(buffer * STEPS + place_of_box(step, STEPS, P.PARTS)))
+        tma_load(
+            A, where, barrier, a_smem.index(buffer * STEPS + place_of_box(step, STEPS, P.PARTS))
+        )
 
 
 @gluon.jit
@@ -962,18 +964,18 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "G", "WHOLE", "EARLY"])
+@gluon.jit(do_not_specialize=["M", "N", "G", "TILES_N", "TILES_M", "BODIES", "WHOLE", "EARLY"])
 def batch_kernel(
     A, MORE, TAIL, FILL, W, OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS,
-    M, N, K, G, WHOLE, EARLY, P: gl.constexpr,
+    M, N, G, TILES_N, TILES_M, BODIES, WHOLE, EARLY, P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N]. Grid: any number of blocks, best as many as run at a time.
 
     A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; TAIL, FILL: see
     wgmma.tail_maps; W: of the words as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP,
-    MORE_MAP: of OUT, where TMA can write it. WHOLE: tiles that are done by one block each. EARLY:
-    whether the weights may be read before the previous kernel in the stream is complete. P:
-    batch.Constants.
+    MORE_MAP: of OUT, where TMA can write it. TILES_N, TILES_M: tiles of W's rows and of A's, BODIES
+    of a tile, WHOLE: tiles that are done by one block each. EARLY: whether the weights may be read
+    before the previous kernel in the stream is complete. P: batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.FIRST_M, 64], A.layout)
@@ -1007,13 +1009,15 @@ def batch_kernel(
         gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS + P.SUMS), ROWS * P.FIRST_M],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )  # fmt: skip
-    totals_smem = gl.allocate_shared_memory(
-        gl.float32, [P.PARTS if P.SUMS else 1, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )  # fmt: skip
-    ones_smem = gl.allocate_shared_memory(A.dtype, [8, 64], gl.NVMMASharedLayout(128, 16, 2))
+    ones_smem = a_smem
+    totals_smem = a_smem
     if P.SUMS:
         L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+        ones_smem = gl.allocate_shared_memory(A.dtype, [8, 64], gl.NVMMASharedLayout(128, 16, 2))
         ones_smem.store(gl.full([8, 64], 1.0, A.dtype, L))
+        totals_smem = gl.allocate_shared_memory(
+            gl.float32, [P.PARTS, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        )  # fmt: skip
     there = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     if P.ALONG_K > 1:
@@ -1032,24 +1036,21 @@ def batch_kernel(
     if EARLY == 0:
         wait_for_previous_kernel()
     let_next_kernel_start()
-    bodies = (K + P.BODY_K - 1) // P.BODY_K
-    tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
-    tiles_n = (N + P.ALONG_ROWS * ROWS - 1) // (P.ALONG_ROWS * ROWS)
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
-        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
-        tiles_m, WHOLE, bodies,
+        w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, TILES_N,
+        TILES_M, WHOLE, BODIES,
     )  # fmt: skip
     producing = (
-        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, WHOLE,
-        bodies,
+        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, TILES_N, TILES_M, WHOLE,
+        BODIES,
     )  # fmt: skip
     preparing = (
-        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, WHOLE, bodies,
+        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, TILES_N, TILES_M, WHOLE, BODIES,
     )  # fmt: skip
     adding = (
-        a_smem, ones_smem, totals_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n,
-        tiles_m, WHOLE, bodies,
+        a_smem, ones_smem, totals_smem, e_smem, sum_smem, ready, empty, there, taken, TILES_N,
+        TILES_M, WHOLE, BODIES,
     )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS

@@ -74,8 +74,7 @@ def sum_activations(a_smem, ones_smem, totals_smem, buffer, P: gl.constexpr):
 @gluon.jit
 def correction(smem, ROW: gl.constexpr, K: gl.constexpr, like, P: gl.constexpr):
     """What belongs to the group of a stage's k: [64 * BANDS, 1] of float32."""
-    GROUP: gl.constexpr = K // P.GROUP if P.GROUP > 0 else 0
-    x = smem.slice(GROUP, 1, 0).slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
+    x = smem.slice(K // P.GROUP, 1, 0).slice(ROW * 4 * P.BANDS, 4 * P.BANDS, 1)
     x = x.load(extras_layout(1, P.BANDS)).reshape([64 * P.BANDS])
     return of_rows(x, like).to(gl.float32, bitcast=True)
 
@@ -99,7 +98,9 @@ def add_offsets(acc, a_smem, ones_smem, totals_smem, e_smem, buffer, P: gl.const
 
 
 @gluon.jit
-def multiply_raw(a, b, parts, factors, acc, STEP: gl.constexpr, LAST: gl.constexpr, P: gl.constexpr):
+def multiply_raw(
+    a, b, parts, factors, acc, STEP: gl.constexpr, LAST: gl.constexpr, P: gl.constexpr
+):
     """The STEP-th of a body's steps of 64 k with raw operands: (parts, acc). Products go to one of
     two parts, while the other, where it is complete, is added to acc, multiplied by its factor."""
     EACH: gl.constexpr = P.FOLD_K // 64  # steps of a part
