@@ -285,7 +285,8 @@ def launches(
         "G": config.num_groups,
         "EARLY": Settled(),
     }
-    constants = {"P": _constants(config, tile)}
+    two_bytes = all(x is None or x.itemsize == 2 for x in (scale, zeros))
+    constants = {"P": _constants(config, tile, two_bytes)}
     # registers of a thread before warps are told apart: a block's threads share all of them
     options = {**pdl, "maxnreg": _THREADS[tile.consumers * tile.split, tile.per_sm][1]}
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
@@ -337,6 +338,7 @@ class Constants(ConstantsBase):
     STAGE_GROUPS: int
     RUN: int
     ALIGNED: bool
+    TWO_BYTES: bool
     SWEEP: int
     REGISTERS: int
     LOADING_REGISTERS: int
@@ -346,6 +348,9 @@ class Constants(ConstantsBase):
     STEPS = known(lambda c: c.STAGE_K // 128)
     STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
+    # 16-bit scales and zero points that are read as one value
+    TWO = known(lambda c: 2 if c.TWO_BYTES and c.ALIGNED and c.RUN_GROUPS.value % 2 == 0 else 1)
+    PARTS = known(lambda c: c.STEPS)  # for batch_kernels.load_boxes: they lie in their order
     DECODED = known(lambda c: max(1, 4 // c.WIDTH))
     STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
 
@@ -367,7 +372,7 @@ def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
 
 
 @lru_cache(maxsize=4096)
-def _constants(config: MatmulConfig, tile: Tile) -> Constants:
+def _constants(config: MatmulConfig, tile: Tile, two_bytes: bool) -> Constants:
     decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
     promoted = min(tile.stage_k, group or tile.stage_k)
@@ -408,6 +413,7 @@ def _constants(config: MatmulConfig, tile: Tile) -> Constants:
         STAGE_GROUPS=_stage_groups(config, tile),
         RUN=run,
         ALIGNED=group != 0 and config.num_groups % max(1, run * tile.stage_k // group) == 0,
+        TWO_BYTES=two_bytes,
         SWEEP=SWEEP,
         **_registers(config, tile),
     )

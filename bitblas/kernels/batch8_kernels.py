@@ -37,12 +37,14 @@ import triton.language as tl
 
 from .batch_kernels import (
     chunk_layout,
+    in_twos,
     load_extras,
     load_rows,
     of_stage,
     place,
     preparing_layout,
     store_results,
+    unpacked,
 )
 from .device import (
     decode_scale,
@@ -172,6 +174,8 @@ def prepare(operands, P: gl.constexpr):
     RUN: gl.constexpr = P.RUN
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
     LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS)
+    LOADED: gl.constexpr = in_twos(LR) if P.TWO == 2 else LR
+    ZEROS_THERE: gl.constexpr = P.ZEROS_KIND != "none"
     if SUMS is not None:
         wait_for_previous_kernel()
     stages = bodies * P.UNROLL
@@ -181,14 +185,16 @@ def prepare(operands, P: gl.constexpr):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
         first = tile * 0
-        scales, zeros = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, 1, BANDS, P, LR)
+        scales, zeros = load_extras(
+            SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TWO, BANDS, P, LOADED
+        )  # fmt: skip
         sums = scales
         if SUMS is not None:
             sums = load_sums_of_run(SUMS, tile_m, first, M, G, P)
         for run in range((stages + RUN - 1) // RUN):
             first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
             next_scales, next_zeros = load_extras(
-                SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, 1, BANDS, P, LR
+                SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TWO, BANDS, P, LOADED
             )  # fmt: skip
             next_sums = next_scales
             if SUMS is not None:
@@ -197,7 +203,8 @@ def prepare(operands, P: gl.constexpr):
             for i in gl.static_range(RUN):
                 stage = run * RUN + i
                 if stage < stages:
-                    scale, zero = of_stage(scales, i, P, L), of_stage(zeros, i, P, L)
+                    scale = of_stage(unpacked(scales, SCALE, P.SCALED, P.TWO, LR), i, P, L)
+                    zero = of_stage(unpacked(zeros, ZEROS, ZEROS_THERE, P.TWO, LR), i, P, L)
                     factor, base = factors(scale, zero, P)
                     mbarrier.wait(empty.index(buffer), phase)
                     slot = buffer * P.EXTRAS

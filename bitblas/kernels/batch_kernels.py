@@ -310,9 +310,7 @@ def load_stored(
 
 
 @gluon.jit
-def unpacked(
-    x, THERE: gl.constexpr, DTYPE: gl.constexpr, TWO: gl.constexpr, L: gl.constexpr
-):  # fmt: skip
+def unpacked(x, POINTER, THERE: gl.constexpr, TWO: gl.constexpr, L: gl.constexpr):
     """Values of load_extras, each by itself; any where there are none."""
     if TWO == 1:
         return x
@@ -320,8 +318,8 @@ def unpacked(
         low = x
         high = x
         if THERE:
-            low = (x & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True)
-            high = (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+            low = (x & 0xFFFF).to(gl.int16).to(POINTER.dtype.element_ty, bitcast=True)
+            high = (x >> 16).to(gl.int16).to(POINTER.dtype.element_ty, bitcast=True)
         x = gl.join(low, high).permute([0, 4, 1, 2, 3])
         x = x.reshape([2 * x.shape[0], x.shape[2], x.shape[3], x.shape[4]])
         return gl.convert_layout(x, L, assert_trivial=True)
@@ -427,10 +425,11 @@ def hand_over(
     lies there. Returns the next place in the ring."""
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, P.TILE_BANDS)
     LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS)
+    ZEROS_THERE: gl.constexpr = P.ZEROS_KIND != "none"
     scales, zeros = extras
-    e_smem, ready, empty = rings
-    scale = of_stage(unpacked(scales, P.SCALED, DTYPE, P.TWO, LR), STAGE, P, L)
-    zero = of_stage(unpacked(zeros, P.ZEROS_KIND != "none", DTYPE, P.TWO, LR), STAGE, P, L)
+    SCALE, ZEROS, e_smem, ready, empty = rings
+    scale = of_stage(unpacked(scales, SCALE, P.SCALED, P.TWO, LR), STAGE, P, L)
+    zero = of_stage(unpacked(zeros, ZEROS, ZEROS_THERE, P.TWO, LR), STAGE, P, L)
     slot = buffer // P.EVERY * P.EXTRAS
     if P.RAW:
         factor, addend = corrections(scale, zero, P, L)
@@ -480,7 +479,7 @@ def prepare(operands, P: gl.constexpr):
     RUN: gl.constexpr = P.RUN
     DTYPE: gl.constexpr = a_smem.dtype
     loading = (SCALE, ZEROS, N, G)
-    rings = (e_smem, ready, empty)
+    rings = (SCALE, ZEROS, e_smem, ready, empty)
     shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 1
