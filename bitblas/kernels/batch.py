@@ -327,13 +327,14 @@ class _Costs:
     column: float
 
 
-# fits to measurements on an H200: 640 (h200_batch_tiles.csv in benchmarks/results), 9 % off; 242 of
-# tiles with consumers along k (h200_batch_k_tiles.csv), 8 % off
+# fits to measurements on an H200 (h200_batch_tiles.csv in benchmarks/results): tiles whose consumers
+# have rows of W each (607, 7 % off), those that divide k (352, 5 %), and those with raw operands
+# (178, 6 %)
 _COSTS = {
-    False: _Costs(0.818, 3.62, 1.0, 2.06, 2.59, 1.61, 3.23, 0.0064),
-    True: _Costs(0.633, -0.72, 2.65, 2.58, 4.81, 3.02, 2.34, 0.0),
+    "rows": _Costs(0.937, 0.84, 2.30, 1.57, 3.99, 3.15, 1.11, 0.0),
+    "k": _Costs(0.663, 0.06, 2.43, 2.57, 4.36, 2.54, 1.97, 0.0037),
+    "raw": _Costs(0.588, 0.0, 2.85, 1.68, 7.15, 3.02, 2.01, 0.0068),
 }
-_RAW = 1.1  # what raw tiles take of that
 
 
 def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
@@ -352,7 +353,8 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     most = parts(shared, bodies, blocks) if shared else 1
     steps = (waves * bodies - (-shared * bodies // blocks)) * tile.body_k
     per_sm = -(-blocks // gpu.multiprocessors)
-    costs, raw = _COSTS[tile.along_k > 1], raw_decoder(config, tile)
+    raw = raw_decoder(config, tile)
+    costs = _COSTS["rows" if tile.along_k == 1 else "k" if raw is None else "raw"]
 
     # for a value of k, in microseconds
     rows = tile.rows * per_sm / gpu.cycles_per_us
@@ -369,8 +371,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
     segments = waves + (0 if not shared else 1 if even else 2)
     summed = costs.summed + (most - 1) * 0.0127 * registers if most > 1 else 0.0
-    time = costs.start + steps * step + segments * costs.column * registers + summed
-    return time if raw is None else _RAW * time
+    return costs.start + steps * step + segments * costs.column * registers + summed
 
 
 def launches(
