@@ -3,9 +3,9 @@
     python benchmarks/plan_quality.py --seed 1 --rows 1 16 --out plan_quality.csv
 
 Draws products of the kinds that models have (formats, groups, sizes, rows of A), times all
-candidates of the family that serves each, taking turns in one run, and compares the plan's pick,
-shipped and recorded choices left out, with the fastest. One CSV row for each candidate; the last
-line printed says how many picks were within 10 % of the best.
+candidates of the families that serve each (of `portable` only where no other does), taking turns in
+one run, and compares the plan's pick, shipped and recorded choices left out, with the fastest. One
+CSV row for each candidate; the last line printed says how many picks were within 10 % of the best.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bitblas.bench.cases import draw_activation, make_config
 from bitblas.bench.measure import Products, TileProduct, compile_tiles, tile_name
 from bitblas.bench.timing import Timer, timer_for
 from bitblas.config import MatmulConfig
+from bitblas.kernels import portable
 
 # as often as they are met: 4-bit integers most
 WEIGHTS = ("uint4",) * 6 + ("int4",) * 3 + (
@@ -47,12 +48,11 @@ class Case:
     candidates: list[tuple[ModuleType, Any]]
 
     def products(self, device: torch.device) -> list[tuple[str, TileProduct]]:
-        """The candidates of the family that the pick belongs to, by name."""
-        family = self.candidates[0][0]
+        """The candidates by name; those of `portable` only where the pick is one of them."""
         return [
-            (tile_name(each, tile), TileProduct(self.config, device, each, tile))
-            for each, tile in self.candidates
-            if each is family
+            (tile_name(family, tile), TileProduct(self.config, device, family, tile))
+            for family, tile in self.candidates
+            if family is not portable or self.candidates[0][0] is portable
         ]
 
 

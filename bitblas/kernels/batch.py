@@ -327,9 +327,9 @@ class _Costs:
     column: float
 
 
-# fits to measurements on an H200 (h200_batch_tiles.csv in benchmarks/results): tiles whose consumers
-# have rows of W each (607, 7 % off), those that divide k (352, 5 %), and those with raw operands
-# (178, 6 %)
+# fits to measurements on an H200 (h200_batch_tiles.csv in benchmarks/results): of tiles whose
+# consumers have rows of W each (607, 7 % off), of those that divide k (352, 5 %), and of those with
+# raw operands (178, 6 %)
 _COSTS = {
     "rows": _Costs(0.937, 0.84, 2.30, 1.57, 3.99, 3.15, 1.11, 0.0),
     "k": _Costs(0.663, 0.06, 2.43, 2.57, 4.36, 2.54, 1.97, 0.0037),
@@ -459,7 +459,7 @@ class Constants(ConstantsBase):
     SUMS: bool
     GROUP: int
     ALIGNED: bool
-    TWO_BYTES: bool
+    BYTES: int
     BLOCK_M: int
     FIRST_M: int
     MORE_M: int
@@ -498,8 +498,8 @@ class Constants(ConstantsBase):
     # stages whose scales of a row are read at once, and the groups that they are of
     RUN = known(lambda c: max(1, min(4 * c.GROUP // c.STAGE_K, 8)) if c.GROUP else 1)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
-    # 16-bit scales and zero points that are read as one value
-    TWO = known(lambda c: 2 if c.TWO_BYTES and c.ALIGNED and c.RUN_GROUPS.value % 2 == 0 else 1)
+    # scales and zero points that are read as one
+    PACK = known(lambda c: packed_values(c))
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
     EXTRAS = known(
@@ -507,6 +507,12 @@ class Constants(ConstantsBase):
     )
     # of raw operands: values of k whose products are corrected together
     FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
+
+
+def packed_values(c: Any) -> int:
+    """Scales of so many BYTES, and zero points, that make an int32, where groups come in such."""
+    pack: int = 4 // c.BYTES.value
+    return pack if c.ALIGNED and c.RUN_GROUPS.value % pack == 0 else 1
 
 
 def _box_chunks(chunks: int) -> int:
@@ -579,7 +585,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         ZERO=zero,
         GROUP=group,
         ALIGNED=False,
-        TWO_BYTES=config.format.scale_encoding is None and config.zeros_mode != "quantized",
+        BYTES=2 if config.format.scale_encoding is None else 1,
         BLOCK_M=tile.block_m,
         FIRST_M=tile.pieces[0],
         MORE_M=tile.pieces[1],

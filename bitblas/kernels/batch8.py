@@ -15,7 +15,7 @@ import torch
 
 from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..layouts import FRAGMENT_8, Fragment
-from .batch import SWEEP
+from .batch import SWEEP, packed_values
 from .byte_decoders import ByteDecoder, byte_decoder, float_decoder
 from .decode import GPU, SHARED_BYTES, group_of
 from .launch import PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
@@ -285,8 +285,8 @@ def launches(
         "G": config.num_groups,
         "EARLY": Settled(),
     }
-    two_bytes = all(x is None or x.itemsize == 2 for x in (scale, zeros))
-    constants = {"P": _constants(config, tile, two_bytes)}
+    scale_bytes = max([2, *(x.itemsize for x in (scale, zeros) if x is not None)])
+    constants = {"P": _constants(config, tile, scale_bytes)}
     # registers of a thread before warps are told apart: a block's threads share all of them
     options = {**pdl, "maxnreg": _THREADS[tile.consumers * tile.split, tile.per_sm][1]}
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
@@ -338,7 +338,7 @@ class Constants(ConstantsBase):
     STAGE_GROUPS: int
     RUN: int
     ALIGNED: bool
-    TWO_BYTES: bool
+    BYTES: int
     SWEEP: int
     REGISTERS: int
     LOADING_REGISTERS: int
@@ -348,8 +348,7 @@ class Constants(ConstantsBase):
     STEPS = known(lambda c: c.STAGE_K // 128)
     STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
-    # 16-bit scales and zero points that are read as one value
-    TWO = known(lambda c: 2 if c.TWO_BYTES and c.ALIGNED and c.RUN_GROUPS.value % 2 == 0 else 1)
+    PACK = known(lambda c: packed_values(c))  # scales and zero points that are read as one
     PARTS = known(lambda c: c.STEPS)  # for batch_kernels.load_boxes: they lie in their order
     DECODED = known(lambda c: max(1, 4 // c.WIDTH))
     STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
@@ -372,7 +371,7 @@ def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
 
 
 @lru_cache(maxsize=4096)
-def _constants(config: MatmulConfig, tile: Tile, two_bytes: bool) -> Constants:
+def _constants(config: MatmulConfig, tile: Tile, scale_bytes: int) -> Constants:
     decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
     promoted = min(tile.stage_k, group or tile.stage_k)
@@ -413,7 +412,7 @@ def _constants(config: MatmulConfig, tile: Tile, two_bytes: bool) -> Constants:
         STAGE_GROUPS=_stage_groups(config, tile),
         RUN=run,
         ALIGNED=group != 0 and config.num_groups % max(1, run * tile.stage_k // group) == 0,
-        TWO_BYTES=two_bytes,
+        BYTES=scale_bytes,
         SWEEP=SWEEP,
         **_registers(config, tile),
     )

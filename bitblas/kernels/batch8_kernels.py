@@ -37,14 +37,13 @@ import triton.language as tl
 
 from .batch_kernels import (
     chunk_layout,
-    in_twos,
     load_extras,
     load_rows,
     of_stage,
     place,
     preparing_layout,
     store_results,
-    unpacked,
+    unpack_extras,
 )
 from .device import (
     decode_scale,
@@ -174,8 +173,6 @@ def prepare(operands, P: gl.constexpr):
     RUN: gl.constexpr = P.RUN
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, BANDS)
     LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, BANDS)
-    LOADED: gl.constexpr = in_twos(LR) if P.TWO == 2 else LR
-    ZEROS_THERE: gl.constexpr = P.ZEROS_KIND != "none"
     if SUMS is not None:
         wait_for_previous_kernel()
     stages = bodies * P.UNROLL
@@ -185,26 +182,22 @@ def prepare(operands, P: gl.constexpr):
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
         row = tile_n * (64 * BANDS)
         first = tile * 0
-        scales, zeros = load_extras(
-            SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TWO, BANDS, P, LOADED
-        )  # fmt: skip
-        sums = scales
+        extras = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR)
+        sums = extras
         if SUMS is not None:
             sums = load_sums_of_run(SUMS, tile_m, first, M, G, P)
         for run in range((stages + RUN - 1) // RUN):
             first = (run + 1) * (RUN * P.STAGE_K) // P.GROUP
-            next_scales, next_zeros = load_extras(
-                SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TWO, BANDS, P, LOADED
-            )  # fmt: skip
-            next_sums = next_scales
+            ahead = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR)
+            next_sums = ahead
             if SUMS is not None:
                 next_sums = load_sums_of_run(SUMS, tile_m, first, M, G, P)
             keep_loads_here()
             for i in gl.static_range(RUN):
                 stage = run * RUN + i
                 if stage < stages:
-                    scale = of_stage(unpacked(scales, SCALE, P.SCALED, P.TWO, LR), i, P, L)
-                    zero = of_stage(unpacked(zeros, ZEROS, ZEROS_THERE, P.TWO, LR), i, P, L)
+                    scales, zeros = unpack_extras(extras, SCALE, ZEROS, BANDS, P, LR)
+                    scale, zero = of_stage(scales, i, P, L), of_stage(zeros, i, P, L)
                     factor, base = factors(scale, zero, P)
                     mbarrier.wait(empty.index(buffer), phase)
                     slot = buffer * P.EXTRAS
@@ -220,8 +213,7 @@ def prepare(operands, P: gl.constexpr):
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
-            scales = next_scales
-            zeros = next_zeros
+            extras = ahead
             sums = next_sums
 
 

@@ -53,7 +53,6 @@ from .device import (
     keep_loads_here,
     let_next_kernel_start,
     of_rows,
-    packed_zeros,
     powers,
     take,
     wait_for_previous_kernel,
@@ -283,78 +282,117 @@ def produce(operands, P: gl.constexpr):
 
 
 @gluon.constexpr_function
-def in_twos(L):
-    """The layout of a preparing_layout's groups in twos."""
-    registers = [[basis[0] // 2, *basis[1:]] for basis in L.reg_bases if basis[0] != 1]
-    shape = [L.shape[0] // 2, *L.shape[1:]]
+def in_packs(L, PACK):
+    """The layout of a preparing_layout's groups, so many at a time."""
+    registers = [[basis[0] // PACK, *basis[1:]] for basis in L.reg_bases]
+    registers = [basis for basis in registers if any(basis)]
+    shape = [L.shape[0] // PACK, *L.shape[1:]]
     return gl.DistributedLinearLayout(registers, L.lane_bases, L.warp_bases, [], shape)
 
 
 @gluon.jit
 def load_stored(
-    POINTER, row, n, first, N, G, GROUPS: gl.constexpr, TWO: gl.constexpr, P: gl.constexpr,
+    POINTER, row, n, first, N, G, GROUPS: gl.constexpr, PACK: gl.constexpr, P: gl.constexpr,
     L: gl.constexpr,
 ):  # fmt: skip
-    """What is stored of GROUPS groups from `first` on in rows row + n, in twos if TWO is 2; 0
-    beyond the edges."""
-    each = gl.arange(0, GROUPS // TWO, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    """What is stored of GROUPS groups from `first` on in rows row + n, PACK values in an int32 if
+    that is more than one; 0 beyond the edges."""
+    each = gl.arange(0, GROUPS // PACK, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
     each = each.expand_dims(1).expand_dims(2).expand_dims(3)
     if P.ALIGNED:  # lets the compiler see that all groups of a row can be read at once
-        G = G // GROUPS * (GROUPS // TWO)
-        first = first // GROUPS * (GROUPS // TWO)
+        G = G // GROUPS * (GROUPS // PACK)
+        first = first // GROUPS * (GROUPS // PACK)
     mask = (row + n < N) & (first + each < G)
-    if TWO == 2:
+    if PACK > 1:
         POINTER = POINTER.to(gl.pointer_type(gl.int32), bitcast=True)
     start = row.to(gl.int64) * G + first
     return gl.load(POINTER + start + (n * G + each), mask=mask, other=0)
 
 
 @gluon.jit
-def unpacked(x, POINTER, THERE: gl.constexpr, TWO: gl.constexpr, L: gl.constexpr):
-    """Values of load_extras, each by itself; any where there are none."""
-    if TWO == 1:
-        return x
-    else:
-        low = x
-        high = x
-        if THERE:
-            low = (x & 0xFFFF).to(gl.int16).to(POINTER.dtype.element_ty, bitcast=True)
-            high = (x >> 16).to(gl.int16).to(POINTER.dtype.element_ty, bitcast=True)
-        x = gl.join(low, high).permute([0, 4, 1, 2, 3])
-        x = x.reshape([2 * x.shape[0], x.shape[2], x.shape[3], x.shape[4]])
-        return gl.convert_layout(x, L, assert_trivial=True)
+def load_byte(pointer, mask):
+    """Bytes, 0 where the mask is not set, each in a register of its own."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }",
+        "=r,l,r", [pointer.to(gl.int64), mask.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
-def load_extras(
-    SCALE, ZEROS, row, first, N, G, GROUPS: gl.constexpr, TWO: gl.constexpr, BANDS: gl.constexpr,
-    P: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """Scales and zero points, as they are stored, of GROUPS groups from `first` on, of 64 * BANDS
-    rows from `row` on; 0 beyond the edges. If TWO is 2, two 16-bit values in an int32 (`unpacked`):
-    those that are loaded well ahead would otherwise be waited for at once, to be put together in
-    registers that outlast an iteration."""
+def rows_of(BANDS: gl.constexpr, L: gl.constexpr):
+    """The rows of a tile, [1, 4 * BANDS, 2, 8]."""
     L1: gl.constexpr = gl.SliceLayout(0, L)
     band = gl.arange(0, 4 * BANDS, gl.SliceLayout(1, gl.SliceLayout(2, L1)))
     r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, L1)))
     g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, L1)))
-    n = (
-        band.expand_dims(1).expand_dims(2) * 16
-        + r3.expand_dims(0).expand_dims(2) * 8
-        + g.expand_dims(0).expand_dims(1)
-    ).expand_dims(0)
-    scale = gl.zeros([GROUPS // TWO, 4 * BANDS, 2, 8], gl.int32, L)
+    n = band.expand_dims(1).expand_dims(2) * 16 + r3.expand_dims(0).expand_dims(2) * 8
+    return (n + g.expand_dims(0).expand_dims(1)).expand_dims(0)
+
+
+@gluon.jit
+def load_extras(
+    SCALE, ZEROS, row, first, N, G, GROUPS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+    L: gl.constexpr,
+):  # fmt: skip
+    """Scales and zero points of GROUPS groups from `first` on, of 64 * BANDS rows from `row` on, as
+    they are stored and `unpack_extras` takes them; 0 beyond the edges.
+
+    They may be loaded well ahead, for a loop's next iteration: values of 8 and 16 bits would then
+    be waited for at once, to be put together in registers. So P.PACK of them are loaded as one, and
+    bytes of packed zero points with 32 bits each.
+    """
+    scale = gl.zeros([GROUPS, 4 * BANDS, 2, 8], gl.int32, L)
     zero = scale
+    PACK: gl.constexpr = P.PACK if GROUPS > 1 else 1
+    STORED: gl.constexpr = in_packs(L, PACK)
+    n = rows_of(BANDS, STORED)
     if P.SCALED:
-        scale = load_stored(SCALE, row, n, first, N, G, GROUPS, TWO, P, L)
+        scale = load_stored(SCALE, row, n, first, N, G, GROUPS, PACK, P, STORED)
     if P.ZEROS_KIND == "quantized":
+        n = rows_of(BANDS, L)
         each = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
         group = first + each.expand_dims(1).expand_dims(2).expand_dims(3)
         mask = (row + n < N) & (group < G)
-        zero = packed_zeros(ZEROS, row + n, group, N, mask, P.BITS)
+        row_bytes = (N * P.BITS + 7) // 8
+        byte = (row + n) * P.BITS // 8
+        pointer = ZEROS + (group.to(gl.int64) * row_bytes + byte)
+        zero = load_byte(pointer, mask)
+        if 8 % P.BITS != 0:  # codes may cross into the next byte
+            zero = zero | (load_byte(pointer + 1, mask & (byte + 1 < row_bytes)) << 8)
     elif P.ZEROS_KIND != "none":
-        zero = load_stored(ZEROS, row, n, first, N, G, GROUPS, TWO, P, L)
+        zero = load_stored(ZEROS, row, n, first, N, G, GROUPS, PACK, P, STORED)
     return scale, zero
+
+
+@gluon.jit
+def unpack_extras(
+    extras, SCALE, ZEROS, BANDS: gl.constexpr, P: gl.constexpr, L: gl.constexpr
+):  # fmt: skip
+    """(scales, zero points) of load_extras, each by itself: [GROUPS, 4 * BANDS, 2, 8]."""
+    scale, zero = extras
+    if P.SCALED:
+        scale = unpacked(scale, SCALE, L)
+    if P.ZEROS_KIND == "quantized":
+        zero = (zero >> (rows_of(BANDS, L) * P.BITS % 8)) & ((1 << P.BITS) - 1)
+    elif P.ZEROS_KIND != "none":
+        zero = unpacked(zero, ZEROS, L)
+    return scale, zero
+
+
+@gluon.jit
+def unpacked(x, POINTER, L: gl.constexpr):
+    """Values that were loaded as one, each by itself."""
+    if x.dtype == POINTER.dtype.element_ty:
+        return x
+    else:
+        if POINTER.dtype.element_ty.primitive_bitwidth == 16:
+            x = gl.join(x & 0xFFFF, x >> 16).permute([0, 4, 1, 2, 3])
+            x = x.to(gl.int16).to(POINTER.dtype.element_ty, bitcast=True)
+        else:
+            low, high = gl.join(x, x >> 8), gl.join(x >> 16, x >> 24)
+            x = gl.join(low, high).permute([0, 5, 4, 1, 2, 3]).to(POINTER.dtype.element_ty)
+        x = x.reshape([L.shape[0], L.shape[1], L.shape[2], L.shape[3]])
+        return gl.convert_layout(x, L, assert_trivial=True)
 
 
 @gluon.jit
@@ -425,11 +463,10 @@ def hand_over(
     lies there. Returns the next place in the ring."""
     L: gl.constexpr = preparing_layout(P.STAGE_GROUPS, P.TILE_BANDS)
     LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS)
-    ZEROS_THERE: gl.constexpr = P.ZEROS_KIND != "none"
-    scales, zeros = extras
     SCALE, ZEROS, e_smem, ready, empty = rings
-    scale = of_stage(unpacked(scales, SCALE, P.SCALED, P.TWO, LR), STAGE, P, L)
-    zero = of_stage(unpacked(zeros, ZEROS, ZEROS_THERE, P.TWO, LR), STAGE, P, L)
+    scales, zeros = unpack_extras(extras, SCALE, ZEROS, P.TILE_BANDS, P, LR)
+    scale = of_stage(scales, STAGE, P, L)
+    zero = of_stage(zeros, STAGE, P, L)
     slot = buffer // P.EVERY * P.EXTRAS
     if P.RAW:
         factor, addend = corrections(scale, zero, P, L)
@@ -456,12 +493,9 @@ def hand_over(
 def load_run(operands, row, run, P: gl.constexpr):
     """Scales and zero points of a run of stages, of a tile's rows from `row` on."""
     SCALE, ZEROS, N, G = operands
-    LR: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS)
-    L: gl.constexpr = in_twos(LR) if P.TWO == 2 else LR
+    L: gl.constexpr = preparing_layout(P.RUN_GROUPS, P.TILE_BANDS)
     first = run * (P.RUN * P.STAGE_K) // P.GROUP
-    return load_extras(
-        SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TWO, P.TILE_BANDS, P, L
-    )  # fmt: skip
+    return load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, P.TILE_BANDS, P, L)
 
 
 @gluon.jit
@@ -882,7 +916,8 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
         if P.RAW:  # no use
             minus, scale, addend = 0, 0, 0
         elif P.GROUP == 0:
-            scales, zeros = load_extras(SCALE, ZEROS, row, 0, N, G, 1, 1, P.BANDS, P, ROW_EXTRAS)
+            extras = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
+            scales, zeros = unpack_extras(extras, SCALE, ZEROS, P.BANDS, P, ROW_EXTRAS)
             minus, scale, addend = decoder_extras(scales, zeros, a_smem.dtype, P, ROW_EXTRAS)
         acc = gl.zeros([64 * P.BANDS, P.FIRST_M], gl.float32, MMA)
         more = gl.zeros([64 * P.BANDS, MORE_M], gl.float32, MORE_MMA)
