@@ -25,6 +25,7 @@ Call = Callable[[], object]
 MOST_COPIES = 512
 GRAPH_MS = 2.0  # a graph is at least this long, so that starting it costs nothing in comparison
 MOST_GRAPH_CALLS = 1024
+WARM_UP_MS = 60.0  # a GPU that has idled takes some time to raise its clocks
 
 
 class Timer(ABC):
@@ -119,12 +120,27 @@ class GpuTimer(Timer):
         return start.elapsed_time(end)
 
     def medians(self, variants: Sequence[Graph]) -> list[float]:
-        for one in variants:  # clocks up, first touches done
-            one.graph.replay()
-        # no waiting in between: a graph then starts right after the one before
-        turns = [[self._events(one.graph) for one in variants] for _ in range(self.rounds)]
+        stop = time.perf_counter() + WARM_UP_MS / 1e3
+        while True:  # clocks up, first touches done
+            for one in variants:
+                one.graph.replay()
+            torch.cuda.synchronize()
+            if time.perf_counter() > stop:
+                break
+        # No waiting in between: a graph then starts right after the one before. Who is the first
+        # changes from round to round, should clocks still rise.
+        count = len(variants)
+        turns = [
+            {
+                i % count: self._events(variants[i % count].graph)
+                for i in range(first, first + count)
+            }
+            for first in range(self.rounds)
+        ]
         torch.cuda.synchronize()
-        times = [[start.elapsed_time(end) for start, end in turn] for turn in turns]
+        times = [
+            [start.elapsed_time(end) for _, (start, end) in sorted(turn.items())] for turn in turns
+        ]
         return [
             statistics.median(column) * 1e3 / one.count
             for one, column in zip(variants, zip(*times))
