@@ -28,20 +28,24 @@ def product(N, K, **fields):
 
 
 def test_a_shipped_choice_serves_all_rows_that_are_staged_alike(h200):
-    config = product(14336, 4096)
-    shipped = cache.recorded_choices(config, "NVIDIA H200")
-    for measured, rows in ((8, range(2, 9)), (16, range(9, 17))):
+    for features, measured, rows in (
+        ((1024, 8192), 8, range(2, 9)),
+        ((4096, 4096), 16, range(9, 17)),
+    ):
+        config = product(*features)
+        shipped = cache.recorded_choices(config, "NVIDIA H200")
         for m in rows:
             assert plan.pick(config, m, DEVICE) == (decode, decode.Tile(**shipped[measured]))
 
 
 def test_without_a_choice_the_cost_model_decides(h200):
-    config = product(5120, 3072)
-    assert not cache.recorded_choices(config, "NVIDIA H200")
-    for m in (1, 5, 16):
-        assert plan.pick(config, m, DEVICE) == (decode, decode.candidates(config, m)[0])
-    for m in (17, 64, 300, 4096):
-        assert plan.pick(config, m, DEVICE) == (batch, batch.candidates(config, m)[0])
+    small, large = product(4096, 2048), product(8192, 5120)
+    for config, m, family in (
+        (large, 1, decode), (small, 5, decode), (small, 16, decode), (large, 5, batch),
+        (large, 16, batch), (small, 17, batch), (large, 64, batch), (large, 4096, batch),
+    ):  # fmt: skip
+        assert not cache.recorded_choices(config, "NVIDIA H200")
+        assert plan.pick(config, m, DEVICE) == (family, family.candidates(config, m)[0])
 
 
 def test_a_recorded_portable_tile_serves_down_to_half_its_rows(h200, monkeypatch):
@@ -105,7 +109,7 @@ def test_rows_that_fill_a_tile_badly_are_a_product_of_their_own(h200):
     config = product(8192, 5120)
     (first, tile, rows), (second, rest, more) = plan.sections(config, 1040, DEVICE)
     assert (first, tile) == (batch, batch.candidates(config, 1024)[0])
-    assert (second, rest) == (decode, decode.candidates(config, 16)[0])
+    assert (second, rest) == (batch, batch.candidates(config, 16)[0])
     assert (rows, more) == (1024, 16)
     int8 = MatmulConfig(N=8192, K=8192, A_dtype="int8", W_dtype="int4", with_scaling=True)
     assert [family for family, *_ in plan.sections(int8, 1040, DEVICE)] == [batch8, batch8]

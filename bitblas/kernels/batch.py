@@ -329,11 +329,11 @@ class _Costs:
 
 # fits to measurements on an H200 (h200_batch_tiles.csv in benchmarks/results): of tiles whose
 # consumers have rows of W each (607, 7 % off), of those that divide k (352, 5 %), and of those with
-# raw operands (178, 6 %)
+# raw operands (615, the random products of h200_plan_quality.csv among them, 9 %)
 _COSTS = {
     "rows": _Costs(0.937, 0.84, 2.30, 1.57, 3.99, 3.15, 1.11, 0.0),
     "k": _Costs(0.663, 0.06, 2.43, 2.57, 4.36, 2.54, 1.97, 0.0037),
-    "raw": _Costs(0.588, 0.0, 2.85, 1.68, 7.15, 3.02, 2.01, 0.0068),
+    "raw": _Costs(1.0, 2.24, 1.07, 2.6, 3.76, 2.17, 2.23, 0.049),
 }
 
 

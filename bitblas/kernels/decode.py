@@ -136,7 +136,13 @@ def iterations(config: MatmulConfig, tile: Tile) -> int:
 
 
 def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
-    """Shared memory of a block: its slab of A, the partial sums of its warps, a decoder's table."""
+    """Shared memory of a block: what it uses, or what keeps others off its multiprocessor."""
+    used = _used_bytes(config, m, tile)
+    return used if tile.max_registers is not None else max(used, _ALONE)
+
+
+def _used_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
+    """A block's slab of A, the partial sums of its warps, a decoder's table."""
     rows = rows_of_a(m)
     iteration = tile.depth * tile.warps * tile.unit_k
     slab = iterations(config, tile) * iteration
@@ -247,9 +253,8 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     multiprocessor, the reads of all, and two that a warp waits for however few there are: words on
     their way, since it loads an iteration ahead, and each matrix instruction's sum, which the next
     one adds to. Staging A, the ends of tiles and the start do not overlap. The constants are a
-    fit to 120 random products on an H200, 632 timings (h200_plan_quality.csv in
-    benchmarks/results), and to some earlier ones: the error is 10 % in the mean, and of products
-    left out of the fit 94 % get a tile within 10 % of their best.
+    fit to 632 timings of 120 random products on an H200, with plain launches: the error is 10 % in
+    the mean, and of products left out of the fit 94 % get a tile within 10 % of their best.
     """
     rows = rows_of_a(m)
     columns = 2 if rows == 16 else 1  # in units of 8
@@ -331,9 +336,8 @@ def launches(
         options["maxnreg"] = tile.max_registers
     from .decode_kernels import decode_kernel
 
-    grid, extra = (min(tile.blocks, tiles),), _decoder(config).table_bytes
-    if tile.max_registers is None:
-        extra += max(0, _ALONE - shared_bytes(config, m, tile))
+    grid, table = (min(tile.blocks, tiles),), _decoder(config).table_bytes
+    extra = table + shared_bytes(config, m, tile) - _used_bytes(config, m, tile)
     return [Launch(decode_kernel, grid, arguments, constants, tile.warps, 1, options, extra)]
 
 
