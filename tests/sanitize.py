@@ -1,7 +1,9 @@
 """Each kernel of each family, and the quantiser, once on small operands.
 
     compute-sanitizer --tool memcheck python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py
+    compute-sanitizer --tool racecheck python tests/sanitize.py batch attention
+
+Families may be named, of quantize, decode, batch, batch8, portable, attention; else it is all.
 
 Every operand has an allocation of its own and of exactly its size, so that memcheck sees reads past
 its end. The results are compared with float64; the exit status is 1 where one is wrong.
@@ -62,6 +64,18 @@ BATCH = [  # tiles that are shared among blocks, and ones that are not
         batch.Tile(16, 1, 4, 256, 3, 1, 2, along_k=4),
     ),
     ("int4", "float16", None, 200, 1024, 64, 50, batch.Tile(64, 1, 4, 128, 3, 1, 3, along_k=2)),
+    (
+        "uint4",
+        "float16",
+        "quantized",
+        72,
+        1024,
+        64,
+        12,
+        batch.Tile(16, 1, 4, 512, 2, 1, 2, along_k=4),
+    ),
+    ("nf4", "float16", None, 72, 1024, 64, 16, batch.Tile(16, 1, 4, 256, 3, 1, 2, along_k=4)),
+    ("nvfp4", "float16", None, 200, 1024, 16, 40, batch.Tile(64, 1, 2, 128, 3, 1, 3)),
 ]
 BATCH8 = [
     ("int4", "int8", None, 72, 416, -1, 5, batch8.Tile(16, 1, 1, 256, 3, 1, 2)),
@@ -143,15 +157,22 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> int:
-    failed = sum(quantiser_is_wrong(m, k) for m, k in ((3, 100), (2050, 7), (2, 33000)))
-    families = ((decode, DECODE), (batch, BATCH), (batch8, BATCH8))
-    for family, (*case, tile) in [(family, x) for family, found in families for x in found]:
-        problem, W, out = operands(*case)
-        steps = family.launches(problem.config, problem.A, W, out, **problem.extras(), tile=tile)
-        execute(steps, out.device)
-        torch.cuda.synchronize()
-        failed += wrong(problem, out, (*case, tile))
-    for *case, kernel in PORTABLE:
+    wanted = sys.argv[1:] or ["quantize", "decode", "batch", "batch8", "portable", "attention"]
+    failed = 0
+    if "quantize" in wanted:
+        failed += sum(quantiser_is_wrong(m, k) for m, k in ((3, 100), (2050, 7), (2, 33000)))
+    families = {"decode": (decode, DECODE), "batch": (batch, BATCH), "batch8": (batch8, BATCH8)}
+    for name in families.keys() & set(wanted):
+        family, cases = families[name]
+        for *case, tile in cases:
+            problem, W, out = operands(*case)
+            steps = family.launches(
+                problem.config, problem.A, W, out, **problem.extras(), tile=tile
+            )
+            execute(steps, out.device)
+            torch.cuda.synchronize()
+            failed += wrong(problem, out, (*case, tile))
+    for *case, kernel in PORTABLE if "portable" in wanted else []:
         problem, W, out = operands(*case)
         tiles = portable.candidates(problem.config, problem.A.shape[0])
         tile = next(tile for tile in tiles if tile.kernel == kernel)
@@ -161,7 +182,8 @@ def main() -> int:
         )
         torch.cuda.synchronize()
         failed += wrong(problem, out, (*case, kernel))
-    failed += sum(attention_is_wrong(*case) for case in ATTENTION)
+    if "attention" in wanted:
+        failed += sum(attention_is_wrong(*case) for case in ATTENTION)
     return 1 if failed else 0
 
 

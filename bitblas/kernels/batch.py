@@ -481,7 +481,7 @@ class Constants(ConstantsBase):
     BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
     STEPS = known(lambda c: c.STAGE_K // 64)
     # of a stage's k, whose sums of A are found, if they are: of one group each
-    PARTS = known(lambda c: max(c.STAGE_GROUPS, 64 // c.FIRST_M) if c.SUMS else c.STEPS)
+    K_PARTS = known(lambda c: max(c.STAGE_GROUPS, 64 // c.FIRST_M) if c.SUMS else c.STEPS)
     # a pair of words of 1-bit codes covers 128 values of k
     UNIT_K = known(lambda c: 128 if c.WIDTH == 1 else 64)
     TILE_UNITS = known(lambda c: c.TILE_K // c.UNIT_K)

@@ -349,7 +349,7 @@ class Constants(ConstantsBase):
     STAGE_HALVES = known(lambda c: c.STAGE_K // 64)
     RUN_GROUPS = known(lambda c: max(1, c.RUN * c.STAGE_K // c.GROUP) if c.GROUP else 1)
     PACK = known(lambda c: packed_values(c))  # scales and zero points that are read as one
-    PARTS = known(lambda c: c.STEPS)  # for batch_kernels.load_boxes: they lie in their order
+    K_PARTS = known(lambda c: c.STEPS)  # for batch_kernels.load_boxes: they lie in their order
     DECODED = known(lambda c: max(1, 4 // c.WIDTH))
     STAGE_CHUNKS = known(lambda c: c.STAGE_K * c.WIDTH // 256)
 

@@ -30,9 +30,11 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     TILE_K: values of k in a tile of the packed layout, UNIT_K: those that are decoded at a time.
     GROUP: values of k that share a scale, a power of two; 0: one scale for a row.
     MINUS, SCALED, ADDED: which extras the decoder takes, EXTRAS: how many by way of the ring.
+    PACK: scales and zero points that are loaded as one.
     RAW: operands are the codes as they come, as in decode_kernels: the products of FOLD_K values of
-        k are summed up by themselves and corrected by what `prepare` has made of the group's scale
-        and zero point, and by sums of A, if they are needed (SUMS), which two more warps find.
+        k are a sum of their own, which is multiplied by the group's factor and added. What offsets
+        and zero points add, if there are any (SUMS), is found by a warpgroup of its own, `add_up`,
+        from the sums of A over each of the K_PARTS parts of a stage, and added at a tile's end.
     ROW, KTH: which of the consumers along W's rows, and along k, a warpgroup is.
 """
 
@@ -41,12 +43,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 
 from __future__ import annotations
 
-from .batch_raw_kernels import (
-    add_offsets,
-    correction,
-    corrections,
-    multiply_raw,
-)
+from .batch_raw_kernels import add_offsets, correction, corrections, multiply_raw
 from .device import (
     decode_scale,
     extras_layout,
@@ -193,7 +190,7 @@ def load_boxes(A, barrier, a_smem, buffer, row, stage, P: gl.constexpr):
     for step in gl.static_range(STEPS):
         where = [row, (stage * STEPS + step) * A.block_type.shape[1]]
         tma_load(
-            A, where, barrier, a_smem.index(buffer * STEPS + place_of_box(step, STEPS, P.PARTS))
+            A, where, barrier, a_smem.index(buffer * STEPS + place_of_box(step, STEPS, P.K_PARTS))
         )
 
 
@@ -954,7 +951,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
                     step = buffer * P.STEPS + place_of_box(
-                        (unit % OWN + FIRST) * HALVES + half, P.STEPS, P.PARTS
+                        (unit % OWN + FIRST) * HALVES + half, P.STEPS, P.K_PARTS
                     )  # fmt: skip
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
@@ -1050,7 +1047,7 @@ def batch_kernel(
         ones_smem = gl.allocate_shared_memory(A.dtype, [8, 64], gl.NVMMASharedLayout(128, 16, 2))
         ones_smem.store(gl.full([8, 64], 1.0, A.dtype, L))
         totals_smem = gl.allocate_shared_memory(
-            gl.float32, [P.PARTS, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+            gl.float32, [P.K_PARTS, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
         )  # fmt: skip
     there = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())

@@ -44,7 +44,7 @@ def sum_activations(a_smem, ones_smem, totals_smem, buffer, P: gl.constexpr):
     """Sums of A over each part of a stage's k, by matrix instructions: 64 rows of boxes that lie
     one after the other, of as many parts, times a column operand of ones."""
     TILES: gl.constexpr = P.STEPS * P.FIRST_M // 64
-    SUMS: gl.constexpr = P.PARTS * P.FIRST_M // 64
+    SUMS: gl.constexpr = P.K_PARTS * P.FIRST_M // 64
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16]
     )  # fmt: skip
@@ -84,9 +84,9 @@ def add_offsets(acc, a_smem, ones_smem, totals_smem, e_smem, buffer, P: gl.const
     """acc plus the offsets of a stage's groups times the sums of A over them."""
     sum_activations(a_smem, ones_smem, totals_smem, buffer, P)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
-    for part in gl.static_range(P.PARTS):
+    for part in gl.static_range(P.K_PARTS):
         offset = correction(
-            e_smem.index(buffer * P.EXTRAS + 1), 0, part * (P.STAGE_K // P.PARTS), acc, P
+            e_smem.index(buffer * P.EXTRAS + 1), 0, part * (P.STAGE_K // P.K_PARTS), acc, P
         )  # fmt: skip
         total = totals_smem.index(part).load(COLUMNS).expand_dims(0)
         total, acc = gl.broadcast(total, acc)
