@@ -22,9 +22,9 @@ from .versions import gluon_available
 KERNELS = ("decode",)
 MAX_ROWS = 16
 SHARED_BYTES = 227 * 1024  # of a block, on Hopper
-# What the blocks of tiles that are meant to be alone on a multiprocessor take at least. Of kernels
-# that start while those ahead of them still run, two blocks would come to lie on one multiprocessor
-# and none on another (int8, 1280 x 3584, m = 4, H200, in a chain: 7.3 us instead of 4.5).
+# What blocks take at least that are fewer than multiprocessors. Of a kernel that starts while those
+# ahead of it still run, two blocks would else come to lie on one multiprocessor and none on another
+# (int8, 1280 x 3584, m = 4, H200, in a chain: 7.3 us instead of 4.5).
 _ALONE = 120 * 1024
 
 
@@ -138,7 +138,8 @@ def iterations(config: MatmulConfig, tile: Tile) -> int:
 def shared_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:
     """Shared memory of a block: what it uses, or what keeps others off its multiprocessor."""
     used = _used_bytes(config, m, tile)
-    return used if tile.max_registers is not None else max(used, _ALONE)
+    alone = tile.max_registers is None and -(-config.N // (16 * tile.bands)) <= tile.blocks
+    return max(used, _ALONE) if alone else used
 
 
 def _used_bytes(config: MatmulConfig, m: int, tile: Tile) -> int:

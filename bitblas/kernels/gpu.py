@@ -180,8 +180,9 @@ def _launches(
     A, W, scale, zeros, bias, input_scale, global_scale = operands
     sections = plan.sections(config, m, device)
     if any(family in (batch, batch8) for family, *_ in sections):
-        A, W = _on_16_bytes(A), _on_16_bytes(W)  # TMA reads from multiples of them
-    assert A is not None
+        # TMA reads from multiples of them, and scales are read several at a time
+        A, W, scale, zeros = map(_on_16_bytes, (A, W, scale, zeros))
+    assert A is not None and W is not None
     steps: list[Launch] = []
     first = 0
     for family, tile, rows in sections:
@@ -194,9 +195,8 @@ def _launches(
     return steps
 
 
-def _on_16_bytes(x: torch.Tensor | None) -> torch.Tensor:
-    assert x is not None
-    return x.clone() if x.data_ptr() % 16 else x
+def _on_16_bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x.clone() if x is not None and x.data_ptr() % 16 else x
 
 
 def sources(
