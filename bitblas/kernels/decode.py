@@ -231,7 +231,7 @@ def _fitting(
     while depth:
         for slabs in range(1, -(-config.K // (warps * unit * depth)) + 1):
             tile = Tile(warps, bands, unit, depth, blocks, slabs, registers)
-            if shared_bytes(config, rows, tile) * per_sm <= SHARED_BYTES:
+            if _used_bytes(config, rows, tile) * per_sm <= SHARED_BYTES:
                 return tile
         depth //= 2
     return None
