@@ -46,6 +46,7 @@ DECODE = [
     ("nf4", "float16", None, 33, 544, 32, 9, Tile(16, 1, 64, 1, 2)),
     ("nvfp4", "bfloat16", None, 17, 272, 16, 1, Tile(8, 1, 64, 1, 2)),
 ]
+FEW_ROWS = batch.Tile(16, 1, 4, 256, 3, 1, 2, along_k=4)
 BATCH = [  # tiles that are shared among blocks, and ones that are not
     ("uint4", "float16", "original", 72, 416, 32, 40, batch.Tile(64, 1, 2, 64, 3, 2, 3)),
     ("uint4", "float16", "quantized", 200, 416, 32, 300, batch.Tile(128, 1, 2, 64, 3, 1, 4)),
@@ -53,28 +54,10 @@ BATCH = [  # tiles that are shared among blocks, and ones that are not
     ("uint3", "bfloat16", "rescale", 33, 520, -1, 17, batch.Tile(32, 2, 2, 256, 2, 1, 2)),
     ("nf4", "float16", None, 300, 544, 32, 20, batch.Tile(32, 1, 2, 64, 3, 2, 9, share=False)),
     ("uint4", "float16", "original", 72, 4096, 64, 7, batch.Tile(8, 1, 4, 512, 3, 1, 3, along_k=4)),
-    (
-        "uint4",
-        "bfloat16",
-        "original",
-        72,
-        1024,
-        64,
-        16,
-        batch.Tile(16, 1, 4, 256, 3, 1, 2, along_k=4),
-    ),
+    ("uint4", "bfloat16", "original", 72, 1024, 64, 16, FEW_ROWS),
     ("int4", "float16", None, 200, 1024, 64, 50, batch.Tile(64, 1, 4, 128, 3, 1, 3, along_k=2)),
-    (
-        "uint4",
-        "float16",
-        "quantized",
-        72,
-        1024,
-        64,
-        12,
-        batch.Tile(16, 1, 4, 512, 2, 1, 2, along_k=4),
-    ),
-    ("nf4", "float16", None, 72, 1024, 64, 16, batch.Tile(16, 1, 4, 256, 3, 1, 2, along_k=4)),
+    ("uint4", "float16", "quantized", 72, 1024, 64, 12, FEW_ROWS),
+    ("nf4", "float16", None, 72, 1024, 64, 16, FEW_ROWS),
     ("nvfp4", "float16", None, 200, 1024, 16, 40, batch.Tile(64, 1, 2, 128, 3, 1, 3)),
 ]
 BATCH8 = [

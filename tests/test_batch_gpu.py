@@ -48,13 +48,14 @@ UNALIKE = [
     ("nf4", "bfloat16", None, 64, 64, Tile(64, 2, 2, 64, 6, 2, 132)),
     ("nvfp4", "float16", None, 16, 17, Tile(32, 1, 2, 64, 8, 2, 132)),
     ("e4m3_float8", "float16", None, 128, 1000, Tile(256, 1, 2, 64, 3, 2, 20)),
-    # consumers along k; up to 8 rows of A, raw operands
+    # consumers along k; up to 16 rows of A, raw operands
     ("uint4", "float16", "original", 128, 8, Tile(8, 1, 4, 1024, 4, 1, 132, along_k=4)),
     ("uint4", "bfloat16", "quantized", 64, 5, Tile(8, 1, 4, 512, 5, 1, 40, along_k=4)),
     ("uint3", "float16", "rescale", 512, 7, Tile(8, 1, 4, 1024, 3, 1, 13, along_k=4)),
     ("int1", "float16", None, 128, 3, Tile(8, 1, 4, 1024, 4, 1, 17, share=False, along_k=4)),
     ("uint4", "float16", "rescale", 128, 16, Tile(16, 1, 4, 512, 5, 1, 132, along_k=4)),
     ("uint3", "bfloat16", "original", 128, 11, Tile(16, 1, 4, 1024, 3, 1, 33, along_k=4)),
+    ("uint4", "float16", "quantized", 128, 13, Tile(16, 1, 4, 1024, 3, 1, 132, along_k=4)),
     ("nf4", "float16", None, 64, 32, Tile(32, 1, 4, 512, 3, 1, 21, along_k=4)),
     ("int2", "bfloat16", None, -1, 64, Tile(64, 1, 4, 256, 3, 1, 132, along_k=2)),
 ]

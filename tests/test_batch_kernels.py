@@ -119,6 +119,48 @@ def test_tiles_that_no_kernel_computes_are_refused(shape, wrong):
         batch.Tile(**fixed, **(valid | shape))
 
 
+@pytest.mark.parametrize(
+    ("w", "group", "block_m", "stage_k", "raw"),
+    [
+        ("uint4", 128, 16, 1024, True),
+        ("uint4", 128, 8, 512, True),
+        ("uint4", 128, 32, 512, False),  # too many registers for sums of a group
+        ("uint4", 128, 8, 256, False),  # boxes of A that do not fill a row operand
+        ("uint4", 64, 16, 1024, False),  # more groups than warps prepare
+        ("uint4", 32, 16, 256, False),
+        ("uint4", -1, 16, 1024, False),
+        ("nf4", 128, 16, 1024, False),  # a table
+    ],
+)
+def test_tiles_with_raw_operands(w, group, block_m, stage_k, raw):
+    config = compat.make_config("float16", w, None, N=4096, K=4096, group_size=group)
+    tile = batch.Tile(block_m, 1, 4, stage_k, 3, 1, 132, along_k=4)
+    assert (batch.raw_decoder(config, tile) is not None) == raw
+    constants = batch._constants(config, tile, False)
+    assert constants.RAW.value == raw
+    if raw:  # parts of a stage's k are of one group, and their boxes fill whole row operands
+        parts, steps = constants.K_PARTS.value, constants.STEPS.value
+        assert steps % parts == 0 and parts * block_m % 64 == 0
+        assert stage_k // parts <= group
+
+
+@pytest.mark.parametrize(
+    ("w", "zeros", "group", "k", "pack"),
+    [
+        ("uint4", "original", 128, 4096, 2),
+        ("uint4", "quantized", 128, 4096, 2),
+        ("uint4", None, 128, 128 * 33, 1),  # an odd number of groups
+        ("nvfp4", None, 16, 4096, 4),
+        ("nvfp4", None, 16, 16 * 33, 1),
+        ("uint4", None, -1, 4096, 1),
+    ],
+)
+def test_scales_that_are_loaded_as_one(w, zeros, group, k, pack):
+    config = compat.make_config("float16", w, zeros, N=4096, K=k, group_size=group)
+    tile = batch.Tile(64, 1, 2, 256, 3, 1, 132)
+    assert batch._constants(config, tile, False).PACK.value == pack
+
+
 @pytest.mark.parametrize("m", [2, 9, 17, 33, 100, 256, 1000, 5000])
 def test_candidates_fit_and_are_all_different(m):
     for (a, w, zeros), (n, k), group in itertools.product(

@@ -116,6 +116,17 @@ def test_candidates_fit_and_are_all_different(m):
             assert covered * tile.depth * tile.unit_k >= k
 
 
+def test_blocks_that_are_fewer_than_multiprocessors_keep_others_off_theirs():
+    few = compat.make_config("float16", "uint4", "original", N=1024, K=4096, group_size=128)
+    many = compat.make_config("float16", "uint4", "original", N=28672, K=4096, group_size=128)
+    alone, two = decode.Tile(8, 1, 64, 4, 132), decode.Tile(8, 1, 64, 4, 264, max_registers=128)
+    a_multiprocessors = decode.SHARED_BYTES + 1024
+    assert 2 * decode.shared_bytes(few, 1, alone) > a_multiprocessors
+    assert 2 * compiled(few, 1, alone).shared_bytes > a_multiprocessors
+    assert 2 * decode.shared_bytes(many, 1, alone) <= a_multiprocessors  # as many as there are
+    assert 2 * decode.shared_bytes(few, 1, two) <= a_multiprocessors
+
+
 # --- whether W, scale and zeros may be read before the kernel ahead in the stream is done ---------
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bitblas
 from bitblas import cache, plan
 from bitblas import matmul as matmul_module
-from bitblas.kernels import driver, gpu, portable, prepared
+from bitblas.kernels import batch, driver, gpu, portable, prepared
 from bitblas.kernels.launch import Launch, Workspace
 
 if torch.cuda.is_available():
@@ -325,6 +325,24 @@ def test_unaligned_pointers_are_another_kernel():
         Source(x).compiled(80).asm["ttir"].count("tt.divisibility") for x in (aligned, unaligned)
     ]
     assert facts[0] == facts[1] + 1
+
+
+def test_scales_that_are_read_in_packs_start_on_16_bytes(monkeypatch, seed):
+    config = bitblas.MatmulConfig(**{**FIELDS, "with_bias": False})
+    problem, tile = draw(config, 40, seed), batch.Tile(64, 1, 2, 64, 3, 2, 2)
+    monkeypatch.setattr(plan, "sections", lambda *_: ((batch, tile, 40),))
+
+    def off(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    scale, zeros = off(problem.scale), off(problem.zeros)
+    assert scale.data_ptr() % 16 and zeros.data_ptr() % 16
+    W = batch.layout(config).pack(problem.codes, config.bits)
+    operands = (problem.A, W, scale, zeros, None, None, None)
+    (step,) = gpu._launches(config, operands, problem.A.new_empty(40, 64), 40, W.device)
+    for name, given in (("SCALE", scale), ("ZEROS", zeros)):
+        assert step.arguments[name].data_ptr() % 16 == 0
+        assert torch.equal(step.arguments[name], given)
 
 
 def test_compile_options_reach_the_driver(cuda):
