@@ -35,16 +35,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .batch_kernels import (
-    chunk_layout,
-    load_extras,
-    load_rows,
-    of_stage,
-    place,
-    preparing_layout,
-    store_results,
-    unpack_extras,
-)
+from .batch_kernels import chunk_layout, load_rows, place, store_results
 from .device import (
     decode_scale,
     keep_loads_here,
@@ -55,6 +46,7 @@ from .device import (
     wait_for_previous_kernel,
 )
 from .quantize_kernels import follow_previous_kernel
+from .scales_kernels import load_extras, of_stage, preparing_layout, unpack_extras
 from .versions import (
     fence_async_shared,
     gl,
