@@ -104,7 +104,7 @@ def test_instructions_for_a_uint4_weight():
 def test_stages_that_share_a_groups_extras(group, stage_k, stages, unroll, every):
     config = compat.make_config("float16", "uint4", "original", N=4096, K=4096, group_size=group)
     tile = batch.Tile(128, 1, 2, stage_k, stages, unroll, 132)
-    assert batch._constants(config, tile, False).EVERY.value == every
+    assert batch._constants(config, tile, False, True).EVERY.value == every
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_tiles_that_no_kernel_computes_are_refused(shape, wrong):
         ("uint4", 128, 16, 1024, True),
         ("uint4", 128, 8, 512, True),
         ("uint4", 128, 32, 512, False),  # too many registers for sums of a group
-        ("uint4", 128, 8, 256, False),  # boxes of A that do not fill a row operand
         ("uint4", 64, 16, 1024, False),  # more groups than warps prepare
+        ("uint1", 64, 16, 512, False),  # decoded 128 values of k at a time
         ("uint4", 32, 16, 256, False),
         ("uint4", -1, 16, 1024, False),
         ("nf4", 128, 16, 1024, False),  # a table
@@ -136,12 +136,11 @@ def test_tiles_with_raw_operands(w, group, block_m, stage_k, raw):
     config = compat.make_config("float16", w, None, N=4096, K=4096, group_size=group)
     tile = batch.Tile(block_m, 1, 4, stage_k, 3, 1, 132, along_k=4)
     assert (batch.raw_decoder(config, tile) is not None) == raw
-    constants = batch._constants(config, tile, False)
+    constants = batch._constants(config, tile, False, True)
     assert constants.RAW.value == raw
-    if raw:  # parts of a stage's k are of one group, and their boxes fill whole row operands
-        parts, steps = constants.K_PARTS.value, constants.STEPS.value
-        assert steps % parts == 0 and parts * block_m % 64 == 0
-        assert stage_k // parts <= group
+    if raw:  # what is summed is of one group and one consumer
+        assert group % constants.FOLD_K.value == 0
+        assert stage_k // 4 % constants.FOLD_K.value == 0
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,7 @@ def test_tiles_with_raw_operands(w, group, block_m, stage_k, raw):
 def test_scales_that_are_loaded_as_one(w, zeros, group, k, pack):
     config = compat.make_config("float16", w, zeros, N=4096, K=k, group_size=group)
     tile = batch.Tile(64, 1, 2, 256, 3, 1, 132)
-    assert batch._constants(config, tile, False).PACK.value == pack
+    assert batch._constants(config, tile, False, True).PACK.value == pack
 
 
 @pytest.mark.parametrize("m", [2, 9, 17, 33, 100, 256, 1000, 5000])

@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from bitblas.formats import FORMATS
-from bitblas.kernels.decoders import PairDecoder, operand_decoder, pair_decoder
+from bitblas.formats import FORMATS, Affine
+from bitblas.kernels.decoders import (
+    PairDecoder,
+    operand_decoder,
+    pair_decoder,
+    raw_operand_decoder,
+)
 from bitblas.layouts import FRAGMENT_16, planes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -298,6 +303,31 @@ def test_operands_are_scaled_weights(name, dtype, based, scaled, added, seed):
     values = values / decoder.unit * (given["scale"] if scaled else 1)
     values = values + added * given["addend"]
     assert same(found, values.to(DTYPES[dtype]).double())
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), DECODERS)
+def test_raw_operands_are_weights_without_the_scale(name, dtype, zeros, seed):
+    """With a zero point of any value, (code - zero point) rounded once."""
+    fmt = FORMATS[name]
+    decoder = raw_operand_decoder(fmt, dtype, zeros)
+    if decoder is None:
+        assert not isinstance(fmt.decoder, Affine)
+        return
+    codes = every_code_everywhere(fmt.bits, seed)
+    words = pairs_of_words(codes, fmt.bits)
+    inputs, first = dict(words), decoder.registers + len(words)
+    zero = by_row_half((2.25, 1.0)).to(DTYPES[dtype]).double() * zeros
+    for r3 in range(2 * zeros):
+        like = words[f"${decoder.registers}"]
+        both = _pairs((-zero[r3] * decoder.one).expand(*like.shape, 2), DTYPES[dtype])
+        inputs |= {f"${first}": both, f"${first + 1}": both}
+        first += 2
+    assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
+    outputs = execute(decoder.asm, inputs)
+    found, codes = by_place(outputs, codes, words, decoder.registers, dtype)
+    values = (fmt.to_values(codes, DTYPES[dtype]).double() - zero).to(DTYPES[dtype]).double()
+    assert same(found * by_row_half(decoder.unit), values)
 
 
 def test_every_packed_format_has_a_decoder():

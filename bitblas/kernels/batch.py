@@ -16,7 +16,7 @@ from ..config import MatmulConfig, MatmulConfigWithSplitK
 from ..formats import Table
 from ..layouts import FRAGMENT_16, Fragment, planes
 from .decode import GPU, SHARED_BYTES, group_of
-from .decoders import OperandDecoder, PairDecoder, operand_decoder, pair_decoder
+from .decoders import OperandDecoder, RawDecoder, operand_decoder, raw_operand_decoder
 from .launch import EQUAL_BITS, PROGRAMMATIC_LAUNCH, Launch, Settled, Workspace
 from .versions import gluon_available
 from .wgmma import (
@@ -134,20 +134,16 @@ def _decoder(config: MatmulConfig) -> OperandDecoder:
     return decoder
 
 
-def raw_decoder(config: MatmulConfig, tile: Tile) -> PairDecoder | None:
-    """The decoder of a tile whose operands are raw: codes as they come, which leave scales and zero
-    points to the sums of each group; None for other tiles. For few rows of A that is less work."""
-    decoder, group = pair_decoder(config.format, config.A_dtype), group_of(config)
-    if tile.block_m > _FEW_ROWS or tile.along_k != 4 or decoder is None or decoder.entry:
+def raw_decoder(config: MatmulConfig, tile: Tile) -> RawDecoder | None:
+    """The decoder of a tile whose operands are raw: without the scales, which the sums of each
+    group are multiplied by instead; None for other tiles. For few rows of A that is less work."""
+    zeros = config.zeros_mode if config.with_zeros else None
+    # a group is at least what is decoded at a time; of many in a stage, the registers are too few
+    least = 128 if planes(config.bits)[0][0] == 1 else 64
+    fits = max(least, tile.stage_k // 8) <= group_of(config)
+    if tile.block_m > _FEW_ROWS or tile.along_k != 4 or zeros == "rescale" or not fits:
         return None
-    # boxes of A fill at least one row operand of wgmma, and there are 8 sums of them or fewer
-    fits = 4096 // tile.block_m <= tile.stage_k <= 8 * group
-    return decoder if 64 <= group and fits else None
-
-
-def _adds_up(config: MatmulConfig, raw: PairDecoder) -> bool:
-    """Whether raw operands need the sums of A."""
-    return config.with_zeros or raw.shift != (0.0, 0.0)
+    return raw_operand_decoder(config.format, config.A_dtype, zeros is not None)
 
 
 def tiles_of(config: MatmulConfig, m: int, tile: Tile) -> tuple[int, int]:
@@ -190,15 +186,13 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     """Shared memory of a block: the ring, the results on their way out, and a bit of scratch."""
     stage = tile.stage_k * (2 * tile.block_m + tile.rows * config.bits // 8)
     group, extras, raw = group_of(config), _extras(config), raw_decoder(config, tile)
-    kinds, sums, scratch = extras.based + extras.scaled + extras.added, tile.along_k - 1, 1024
+    kinds, sums = extras.based + extras.scaled + extras.added, tile.along_k - 1
     if raw is not None:
-        kinds = 1 + _adds_up(config, raw)
-        sums += _adds_up(config, raw)
-        scratch += 2048 * _adds_up(config, raw)
+        kinds, sums = 1 + extras.based, sums + 1
     if group:
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * sums)
-    return tile.stages * (stage + 16) + out + scratch
+    return tile.stages * (stage + 16) + out + 1024
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -399,6 +393,8 @@ def launches(
     shared = shared_tiles(config, m, tile)
     in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
     whole = tiles_n * tiles_m - (shared if in_parts else 0)
+    if not in_parts:
+        blocks = min(blocks, whole)
     slots = (blocks, tile.consumers // tile.along_k)
     first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
@@ -425,7 +421,7 @@ def launches(
         "WHOLE": whole,
         "EARLY": Settled(),
     }
-    constants = {"P": _constants(config, tile, in_parts)}
+    constants = {"P": _constants(config, tile, in_parts, tiles_m == 1)}
     # registers of a thread before warps are told apart
     options: dict[str, Any] = {"maxnreg": _registers_of_thread(config, tile)}
     if PROGRAMMATIC_LAUNCH:
@@ -454,9 +450,7 @@ class Constants(ConstantsBase):
     ADDED: bool
     RAW: bool
     UNITS: tuple[float, float]
-    SHIFT: tuple[float, float]
-    ZERO: tuple[float, float]
-    SUMS: bool
+    ONE: float
     GROUP: int
     ALIGNED: bool
     BYTES: int
@@ -473,15 +467,15 @@ class Constants(ConstantsBase):
     UNROLL: int
     SWEEP: int
     SHARED: bool
+    ONE_M: bool
     REGISTERS: int
     LOADING_REGISTERS: int
 
     ALONG_ROWS = known(lambda c: c.CONSUMERS // c.ALONG_K)
+    AT_ONCE = known(lambda c: c.ONE_M and not c.SHARED)
     TILE_BANDS = known(lambda c: c.BANDS * c.ALONG_ROWS)
     BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
     STEPS = known(lambda c: c.STAGE_K // 64)
-    # of a stage's k, whose sums of A are found, if they are: of one group each
-    K_PARTS = known(lambda c: max(c.STAGE_GROUPS, 64 // c.FIRST_M) if c.SUMS else c.STEPS)
     # a pair of words of 1-bit codes covers 128 values of k
     UNIT_K = known(lambda c: 128 if c.WIDTH == 1 else 64)
     TILE_UNITS = known(lambda c: c.TILE_K // c.UNIT_K)
@@ -503,7 +497,7 @@ class Constants(ConstantsBase):
     GROUPS = known(lambda c: max(1, c.UNIT_K // c.GROUP) if c.GROUP else 1)
     PART = known(lambda c: 64 * c.BANDS * c.BLOCK_M)  # of a tile, what a consumer sends
     EXTRAS = known(
-        lambda c: 1 + c.SUMS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
+        lambda c: 1 + c.MINUS if c.RAW else (c.MINUS + c.SCALED + c.ADDED) * (1 if c.GROUP else 0)
     )
     # of raw operands: values of k whose products are corrected together
     FOLD_K = known(lambda c: min(c.GROUP or c.STAGE_K, c.STAGE_K // c.ALONG_K))
@@ -521,9 +515,9 @@ def _box_chunks(chunks: int) -> int:
 
 
 def _warpgroups(config: MatmulConfig, tile: Tile) -> int:
-    """Of a block: those that multiply, one that loads, and one that adds offsets."""
+    """Of a block: those that multiply, one that loads, and one that finishes raw tiles."""
     raw = raw_decoder(config, tile)
-    return tile.consumers + 1 + (raw is not None and _adds_up(config, raw))
+    return tile.consumers + 1 + (raw is not None)
 
 
 def _registers_of_thread(config: MatmulConfig, tile: Tile) -> int:
@@ -554,15 +548,10 @@ def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
 
 
 @lru_cache(maxsize=4096)
-def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
+def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, one_m: bool) -> Constants:
     decoder, extras, group = _decoder(config), _extras(config), group_of(config)
     widths = [width for width, _ in planes(config.bits)]
     raw = raw_decoder(config, tile)
-    units, shift, zero = (1.0, 1.0), (0.0, 0.0), (1.0, 1.0)
-    if raw is not None:  # in sums of A, not of `one` times it
-        units = raw.unit
-        shift = (raw.shift[0] * raw.one[0], raw.shift[1] * raw.one[1])
-        zero = (raw.zero[0] * raw.one[0], raw.zero[1] * raw.one[1])
     found = Constants(
         BITS=config.bits,
         WIDTH=widths[0],
@@ -575,14 +564,12 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNIT=decoder.unit if raw is None else 1.0,
         SCALE_KIND=config.format.scale_encoding or "float",
         ZEROS_KIND=(config.zeros_mode or "original") if config.with_zeros else "none",
-        MINUS=extras.based and raw is None,
+        MINUS=extras.based,
         SCALED=extras.scaled,
         ADDED=extras.added and raw is None,
         RAW=raw is not None,
-        SUMS=raw is not None and _adds_up(config, raw),
-        UNITS=units,
-        SHIFT=shift,
-        ZERO=zero,
+        UNITS=raw.unit if raw is not None else (1.0, 1.0),
+        ONE=raw.one if raw is not None else 1.0,
         GROUP=group,
         ALIGNED=False,
         BYTES=2 if config.format.scale_encoding is None else 1,
@@ -599,6 +586,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool) -> Constants:
         UNROLL=tile.unroll,
         SWEEP=SWEEP,
         SHARED=in_parts,
+        ONE_M=one_m,
         **_registers(config, tile),
     )
     return replace(found, ALIGNED=config.num_groups % found.RUN_GROUPS.value == 0)

@@ -286,7 +286,7 @@ def launches(
         "EARLY": Settled(),
     }
     scale_bytes = max([2, *(x.itemsize for x in (scale, zeros) if x is not None)])
-    constants = {"P": _constants(config, tile, scale_bytes)}
+    constants = {"P": _constants(config, tile, scale_bytes, m <= tile.block_m)}
     # registers of a thread before warps are told apart: a block's threads share all of them
     options = {**pdl, "maxnreg": _THREADS[tile.consumers * tile.split, tile.per_sm][1]}
     grid = (min(tile.blocks, tiles_of(config, m, tile)),)
@@ -340,6 +340,7 @@ class Constants(ConstantsBase):
     ALIGNED: bool
     BYTES: int
     SWEEP: int
+    ONE_M: bool
     REGISTERS: int
     LOADING_REGISTERS: int
 
@@ -371,7 +372,7 @@ def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
 
 
 @lru_cache(maxsize=4096)
-def _constants(config: MatmulConfig, tile: Tile, scale_bytes: int) -> Constants:
+def _constants(config: MatmulConfig, tile: Tile, scale_bytes: int, one_m: bool) -> Constants:
     decoder, group = _decoder(config), group_of(config)
     assert decoder is not None  # _serves has seen to it
     promoted = min(tile.stage_k, group or tile.stage_k)
@@ -414,5 +415,6 @@ def _constants(config: MatmulConfig, tile: Tile, scale_bytes: int) -> Constants:
         ALIGNED=group != 0 and config.num_groups % max(1, run * tile.stage_k // group) == 0,
         BYTES=scale_bytes,
         SWEEP=SWEEP,
+        ONE_M=one_m,
         **_registers(config, tile),
     )

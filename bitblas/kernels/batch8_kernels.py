@@ -171,7 +171,7 @@ def prepare(operands, P: gl.constexpr):
     buffer = 0
     phase = 1
     for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         row = tile_n * (64 * BANDS)
         first = tile * 0
         extras = load_extras(SCALE, ZEROS, row, first, N, G, P.RUN_GROUPS, BANDS, P, LR)
@@ -371,18 +371,19 @@ def produce(operands, P: gl.constexpr):
     BYTES: gl.constexpr = W.block_type.nbytes + P.STEPS * A.block_type.nbytes
     stages = bodies * P.UNROLL
     first = gl.program_id(0)
-    tile_n, tile_m = place(first, tiles_n, tiles_m, P.SWEEP)
+    tile_n, tile_m = place(first, tiles_n, tiles_m, P)
     early = gl.minimum(stages, P.STAGES)
-    for i in range(early):
-        mbarrier.expect(ready.index(i), BYTES)
-        load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
+    if not P.ONE_M:  # else they are on their way
+        for i in range(early):
+            mbarrier.expect(ready.index(i), BYTES)
+            load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
     wait_for_previous_kernel()
     for i in range(early):
         load_rows(A, TAIL, FILL, ready.index(i), a_smem, i, tile_m * P.BLOCK_M, i, M, P)
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
     for tile in range(first, tiles_n * tiles_m, gl.num_programs(0)):
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         for stage in range(gl.where(tile == first, early, 0), stages):
             barrier = ready.index(buffer)
             mbarrier.wait(empty.index(buffer), phase)
@@ -463,12 +464,9 @@ def multiply(
             elif half > 0:
                 acc = warpgroup_mma_wait(1, deps=(acc,))
             if half > 0 and half % P.STAGE_HALVES == 0:
-                # the words were read through another proxy than TMA writes by
-                fence_async_shared()
                 mbarrier.arrive(empty.index(previous))
             if half % P.STAGE_HALVES == P.STAGE_HALVES - 1:
                 if half == HALVES - 1:
-                    fence_async_shared()
                     mbarrier.arrive(empty.index(buffer))
                 previous = buffer
                 buffer, phase = following(buffer, phase, P)
@@ -528,8 +526,6 @@ def multiply_promoted(
                         SUMS, totals, pending, factor, base, sums, PIECES - 1, block - 1, P
                     )  # fmt: skip
                 if i == 0 and block > 0 and block * PROMOTE % P.STAGE_HALVES == 0:
-                    # the words were read through another proxy than TMA writes by
-                    fence_async_shared()
                     mbarrier.arrive(empty.index(previous))
             if P.GROUP != 0:
                 factor = read_rows(
@@ -561,7 +557,6 @@ def multiply_promoted(
                     acc = warpgroup_mma(operands[i], b, acc, use_acc=i > 0, is_async=True)
                 pending = acc
         pending = warpgroup_mma_wait(0, deps=(pending,))
-        fence_async_shared()
         mbarrier.arrive(empty.index(buffer))
         buffer, phase = following(buffer, phase, P)
         totals = with_piece(
@@ -587,7 +582,7 @@ def consume(operands, INDEX: gl.constexpr, P: gl.constexpr):
     phase = gl.to_tensor(0)
     tile_phase = 0
     for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         row = (tile_n * P.CONSUMERS + WHO) * (64 * P.BANDS)
         if P.PROMOTED:
             result, buffer, phase = multiply_promoted(
@@ -661,8 +656,13 @@ def batch8_kernel(
     # as in batch_kernel: weights that may be read early, and what the next kernel may do
     if EARLY == 0:
         wait_for_previous_kernel()
-    let_next_kernel_start()
     bodies = (K + P.BODY_K - 1) // P.BODY_K
+    if P.ONE_M:
+        BYTES: gl.constexpr = W.block_type.nbytes + P.STEPS * A.block_type.nbytes
+        for i in range(gl.minimum(bodies * P.UNROLL, STAGES)):
+            mbarrier.expect(ready.index(i), BYTES)
+            load_words(W, ready.index(i), w_smem, i, gl.program_id(0), i, P)
+    let_next_kernel_start()
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
     consuming = (

@@ -43,7 +43,7 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
 
 from __future__ import annotations
 
-from .batch_raw_kernels import add_offsets, correction, corrections, multiply_raw
+from .batch_raw_kernels import factor_of_sum, multiply_raw, raw_extras
 from .device import (
     decode_scale,
     extras_layout,
@@ -52,6 +52,7 @@ from .device import (
     of_rows,
     powers,
     take,
+    twice,
     wait_for_previous_kernel,
 )
 from .scales_kernels import load_extras, of_stage, preparing_layout, unpack_extras
@@ -109,41 +110,45 @@ def share_of(shared, bodies, block):
 
 @gluon.jit
 def segments(tiles, whole, bodies, P: gl.constexpr):
-    """(segments of this block in shared tiles, all of its segments, first and last body of its
-    share)."""
+    """What a block goes through: (first, end, step) of the numbers of its segments; and, for
+    `segment`, how many of them are in shared tiles, first and last body of its share."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
-    alone = (whole - block + blocks - 1) // blocks
-    if P.SHARED:
+    if not P.SHARED:
+        return block, whole, blocks, 0, 0, 0
+    else:
+        alone = (whole - block + blocks - 1) // blocks
         first, last = share_of(tiles - whole, bodies, block)
         shared = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
-        return shared, shared + alone, first, last
-    else:
-        return 0, alone, 0, 0
+        return 0, shared + alone, 1, shared, first, last
 
 
 @gluon.jit
 def segment(i, whole, bodies, shared, first, last, P: gl.constexpr):
-    """The i-th: (tile, first body, last body). Those in shared tiles come first, in reverse."""
-    block, blocks = gl.program_id(0), gl.num_programs(0)
+    """A segment: (tile, first body, last body). Those in shared tiles come first, in reverse."""
     if not P.SHARED:
-        return block + i * blocks, 0, bodies
-    nth = (last - 1) // bodies - i
-    alone = i >= shared
-    tile = gl.where(alone, block + (i - shared) * blocks, whole + nth)
-    start = gl.where(alone, 0, gl.maximum(first - nth * bodies, 0))
-    end = gl.where(alone, bodies, gl.minimum(last - nth * bodies, bodies))
-    return tile, start, end
+        return i, 0, bodies
+    else:
+        block, blocks = gl.program_id(0), gl.num_programs(0)
+        nth = (last - 1) // bodies - i
+        alone = i >= shared
+        tile = gl.where(alone, block + (i - shared) * blocks, whole + nth)
+        start = gl.where(alone, 0, gl.maximum(first - nth * bodies, 0))
+        end = gl.where(alone, bodies, gl.minimum(last - nth * bodies, bodies))
+        return tile, start, end
 
 
 @gluon.jit
-def place(tile, tiles_n, tiles_m, SWEEP: gl.constexpr):
+def place(tile, tiles_n, tiles_m, P: gl.constexpr):
     """(tile of W's rows, tile of A's rows): SWEEP of the latter are done before the next of W's, so
     that what runs at a time shares both in the L2."""
-    sweep = tile // (SWEEP * tiles_n)
-    first = sweep * SWEEP
-    rows = gl.minimum(tiles_m - first, SWEEP)
-    rest = tile - first * tiles_n
-    return rest // rows, first + rest % rows
+    if P.ONE_M:
+        return tile, gl.to_tensor(0)
+    else:
+        sweep = tile // (P.SWEEP * tiles_n)
+        first = sweep * P.SWEEP
+        rows = gl.minimum(tiles_m - first, P.SWEEP)
+        rest = tile - first * tiles_n
+        return rest // rows, first + rest % rows
 
 
 # --- the warp that loads ---------------------------------------------------------------------
@@ -169,21 +174,12 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
         tma_load(W, where, barrier, w_smem.index(buffer * BOXES + box))
 
 
-@gluon.constexpr_function
-def place_of_box(box, BOXES, PARTS):
-    """Where a box of A lies in its stage: the first of each part, then the second of each, .."""
-    each = BOXES // PARTS
-    return box % each * PARTS + box // each
-
-
 @gluon.jit
 def load_boxes(A, barrier, a_smem, buffer, row, stage, P: gl.constexpr):
     STEPS: gl.constexpr = P.STEPS
     for step in gl.static_range(STEPS):
         where = [row, (stage * STEPS + step) * A.block_type.shape[1]]
-        tma_load(
-            A, where, barrier, a_smem.index(buffer * STEPS + place_of_box(step, STEPS, P.K_PARTS))
-        )
+        tma_load(A, where, barrier, a_smem.index(buffer * STEPS + step))
 
 
 @gluon.jit
@@ -222,6 +218,13 @@ def load_activations(
         load_rows(MORE, TAIL, FILL, barrier, more_smem, buffer, row, stage, M, P)
 
 
+@gluon.constexpr_function
+def stage_bytes(A, MORE, W, P):
+    boxes = P.STAGE_CHUNKS // P.BOX_CHUNKS
+    rows = A.block_type.nbytes + (0 if MORE is None else MORE.block_type.nbytes)
+    return boxes * W.block_type.nbytes + P.STEPS * rows
+
+
 @gluon.jit
 def produce(operands, P: gl.constexpr):
     """Fills the ring for all segments. Words of the first stages are on their way before what
@@ -230,18 +233,16 @@ def produce(operands, P: gl.constexpr):
         A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, whole,
         bodies,
     ) = operands  # fmt: skip
-    MORE_BYTES: gl.constexpr = 0 if MORE is None else MORE.block_type.nbytes
-    BOXES: gl.constexpr = P.STAGE_CHUNKS // P.BOX_CHUNKS
-    BYTES: gl.constexpr = (
-        BOXES * W.block_type.nbytes + P.STEPS * (A.block_type.nbytes + MORE_BYTES)
-    )  # fmt: skip
-    shared, count, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
-    tile, start, end = segment(0, whole, bodies, shared, first, last, P)
-    tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
-    early = gl.where(count > 0, gl.minimum((end - start) * P.UNROLL, P.STAGES), 0)
-    for i in range(early):
-        mbarrier.expect(ready.index(i), BYTES)
-        load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
+    BYTES: gl.constexpr = stage_bytes(A, MORE, W, P)
+    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
+    tile, start, end = segment(s_first, whole, bodies, shared, first, last, P)
+    tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
+    early = gl.minimum((end - start) * P.UNROLL, P.STAGES)
+    if not P.AT_ONCE:
+        early = gl.where(s_end > s_first, early, 0)
+        for i in range(early):
+            mbarrier.expect(ready.index(i), BYTES)
+            load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
     wait_for_previous_kernel()
     for i in range(early):
         load_activations(
@@ -250,10 +251,11 @@ def produce(operands, P: gl.constexpr):
         )  # fmt: skip
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
-    for s in range(count):
+    for s in range(s_first, s_end, s_step):
         tile, start, end = segment(s, whole, bodies, shared, first, last, P)
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
-        for stage in range(start * P.UNROLL + gl.where(s == 0, early, 0), end * P.UNROLL):
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
+        done = gl.where(s == s_first, early, 0)
+        for stage in range(start * P.UNROLL + done, end * P.UNROLL):
             barrier = ready.index(buffer)
             mbarrier.wait(empty.index(buffer), phase)
             mbarrier.expect(barrier, BYTES)
@@ -268,19 +270,6 @@ def produce(operands, P: gl.constexpr):
 
 
 # --- scales and zero points ------------------------------------------------------------------
-
-
-@gluon.jit
-def twice(x, DTYPE: gl.constexpr):
-    """float32 -> int32 that holds it as DTYPE in both halves."""
-    if DTYPE == gl.float16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -335,7 +324,7 @@ def hand_over(
     zero = of_stage(zeros, STAGE, P, L)
     slot = buffer // P.EVERY * P.EXTRAS
     if P.RAW:
-        factor, addend = corrections(scale, zero, P, L)
+        minus, factor = raw_extras(scale, zero, DTYPE, P, L)
     else:
         minus, factor, addend = decoder_extras(scale, zero, DTYPE, P, L)
     mbarrier.wait(empty.index(buffer), phase)
@@ -345,7 +334,7 @@ def hand_over(
     if P.SCALED or P.RAW:
         e_smem.index(slot).store(factor)
         slot += 1
-    if P.ADDED or P.SUMS:
+    if P.ADDED:
         e_smem.index(slot).store(addend)
     mbarrier.arrive(ready.index(buffer))
     buffer += P.EVERY
@@ -380,12 +369,12 @@ def prepare(operands, P: gl.constexpr):
     DTYPE: gl.constexpr = a_smem.dtype
     loading = (SCALE, ZEROS, N, G)
     rings = (SCALE, ZEROS, e_smem, ready, empty)
-    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
+    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 1
-    for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+    for s in range(s_first, s_end, s_step):
+        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         row = tile_n * (64 * P.TILE_BANDS)
         begin = start * P.UNROLL
         stop = end * P.UNROLL
@@ -410,33 +399,6 @@ def prepare(operands, P: gl.constexpr):
 
 
 @gluon.jit
-def add_up(operands, P: gl.constexpr):
-    """What offsets of raw operands add to tiles: a warpgroup, as if it were another consumer."""
-    (
-        a_smem, ones_smem, totals_smem, e_smem, sum_smem, ready, empty, there, taken, tiles_n,
-        tiles_m, whole, bodies,
-    ) = operands  # fmt: skip
-    MMA: gl.constexpr = accumulator_layout(P.FIRST_M)
-    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
-    buffer = 0
-    phase = 0
-    for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
-        acc = gl.zeros([64, P.FIRST_M], gl.float32, MMA)
-        for _ in range(start * P.UNROLL, end * P.UNROLL):
-            mbarrier.wait(ready.index(buffer), phase)
-            acc = add_offsets(acc, a_smem, ones_smem, totals_smem, e_smem, buffer, P)
-            mbarrier.arrive(empty.index(buffer))
-            buffer += 1
-            if buffer == P.STAGES:
-                buffer = 0
-                phase ^= 1
-        mbarrier.wait(taken.index(0), (s & 1) ^ 1)
-        sum_smem.index(P.ALONG_K - 1).store(by_threads(acc))
-        mbarrier.arrive(there.index(0))
-
-
-@gluon.jit
 def read_extras(e_smem, slot, ROW: gl.constexpr, FIRST: gl.constexpr, P: gl.constexpr):
     """A consumer's share of what `prepare` has stored, for a unit's groups: (minus, scale, addend).
 
@@ -444,7 +406,7 @@ def read_extras(e_smem, slot, ROW: gl.constexpr, FIRST: gl.constexpr, P: gl.cons
     minus = share_of_extras(e_smem.index(slot), ROW, FIRST, P)
     scale = minus
     addend = minus
-    if P.MINUS and P.SCALED:
+    if P.MINUS and P.SCALED and not P.RAW:
         scale = share_of_extras(e_smem.index(slot + 1), ROW, FIRST, P)
     if P.ADDED:
         addend = share_of_extras(e_smem.index(slot + P.EXTRAS - 1), ROW, FIRST, P)
@@ -730,24 +692,50 @@ def finish_segment(
 
 
 @gluon.jit
-def sum_along_k(
-    sum_smem, there, taken, acc, nth, KTH: gl.constexpr, ROW: gl.constexpr, P: gl.constexpr
-):  # fmt: skip
-    """For the first consumer of W's rows, its accumulator and, in their order, those of the others,
-    who hand them over in shared memory. nth: how many sums came before."""
-    PARTS: gl.constexpr = P.ALONG_K - 1
-    if KTH > 0:
-        mbarrier.wait(taken, (nth & 1) ^ 1)
-        sum_smem.index(ROW * PARTS + KTH - 1).store(by_threads(acc))
-        mbarrier.arrive(there)
-        return acc
-    else:
-        mbarrier.wait(there, nth & 1)
-        x = by_threads(acc)
-        for k in gl.static_range(PARTS + P.SUMS):
-            x += sum_smem.index(ROW * PARTS + k).load(x.type.layout)
-        mbarrier.arrive(taken)
-        return by_rows(x, acc)
+def hand_over_sum(sum_smem, there, taken, acc, odd, SLOT: gl.constexpr):
+    """Leaves a consumer's sum along its k to who adds them. odd: whether it is the second, the
+    fourth, .."""
+    mbarrier.wait(taken, odd ^ 1)
+    sum_smem.index(SLOT).store(by_threads(acc))
+    mbarrier.arrive(there)
+
+
+@gluon.jit
+def sum_along_k(sum_smem, there, taken, acc, odd, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """acc and the sums that COUNT consumers have left, in their order."""
+    mbarrier.wait(there, odd)
+    x = by_threads(acc)
+    for k in gl.static_range(COUNT):
+        x += sum_smem.index(FIRST + k).load(x.type.layout)
+    mbarrier.arrive(taken)
+    return by_rows(x, acc)
+
+
+@gluon.jit
+def finish(operands, P: gl.constexpr):
+    """Adds the sums along k of raw tiles' consumers and stores the results, while they are at the
+    next segment."""
+    (
+        OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, sum_smem, there, taken, M, N,
+        tiles_n, tiles_m, whole, bodies,
+    ) = operands  # fmt: skip
+    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
+    odd = 0
+    # the operands of what follows may come from the kernel before this one
+    wait_for_previous_kernel()
+    for s in range(s_first, s_end, s_step):
+        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
+        acc = gl.zeros([64, P.FIRST_M], gl.float32, accumulator_layout(P.FIRST_M))
+        acc = sum_along_k(sum_smem, there.index(0), taken.index(0), acc, odd, 0, P.ALONG_K)
+        odd ^= 1
+        finish_segment(
+            OUT, OUT_MAP, None, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(0),
+            c_smem.index(0), acc, acc, tile_n * 64, tile_m, start == 0, end == bodies,
+            tile - whole, tiles_n * tiles_m - whole, bodies, M, N, 0, P,
+        )  # fmt: skip
+    if OUT_MAP is not None:
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -772,14 +760,15 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.UNROLL * OWN
     HALVES: gl.constexpr = P.UNIT_K // 64
-    shared, count, share_first, share_last = segments(tiles_n * tiles_m, whole, bodies, P)
+    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 0
-    for s in range(count):
-        tile, start, end = segment(s, whole, bodies, shared, share_first, share_last, P)
-        tile_n, tile_m = place(tile, tiles_n, tiles_m, P.SWEEP)
+    odd = 0
+    for s in range(s_first, s_end, s_step):
+        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+        tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         row = (tile_n * P.ALONG_ROWS + ROW) * (64 * P.BANDS)
-        if P.RAW:  # no use
+        if P.RAW and not P.MINUS:
             minus, scale, addend = 0, 0, 0
         elif P.GROUP == 0:
             extras = load_extras(SCALE, ZEROS, row, 0, N, G, 1, P.BANDS, P, ROW_EXTRAS)
@@ -800,17 +789,17 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     )  # fmt: skip
                 if P.RAW:
                     if unit * P.UNIT_K % P.FOLD_K == 0:
-                        factor = correction(
-                            e_smem.index(buffer * P.EXTRAS), ROW, (unit % OWN + FIRST) * P.UNIT_K,
-                            acc, P,
+                        factor = factor_of_sum(
+                            e_smem.index(buffer * P.EXTRAS + P.MINUS),
+                            (unit % OWN + FIRST) * P.UNIT_K, acc, P,
                         )  # fmt: skip
                         if unit * P.UNIT_K // P.FOLD_K % 2 == 0:
                             factors = (factor, factors[1])
                         else:
                             factors = (factors[0], factor)
-                elif P.EXTRAS > 0:
+                if P.EXTRAS > 0 and (P.MINUS or not P.RAW):
                     if unit % (P.EVERY * OWN) == 0 or (
-                        (unit % (P.EVERY * OWN) + KTH * OWN) * P.UNIT_K % P.GROUP == 0
+                        (unit % (P.EVERY * OWN) + FIRST) * P.UNIT_K % P.GROUP == 0
                     ):
                         minus, scale, addend = read_extras(
                             e_smem, buffer // P.EVERY * P.EXTRAS, ROW,
@@ -819,9 +808,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                 o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
-                    step = buffer * P.STEPS + place_of_box(
-                        (unit % OWN + FIRST) * HALVES + half, P.STEPS, P.K_PARTS
-                    )  # fmt: skip
+                    step = buffer * P.STEPS + (unit % OWN + FIRST) * HALVES + half
                     b = a_smem.index(step).permute((1, 0))
                     if P.RAW:
                         parts, acc = multiply_raw(
@@ -836,31 +823,37 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                     if unit + half > 0 and not P.RAW:
                         acc, more = wait_for_products(EACH, acc, more, P)
                     if unit > 0 and unit % OWN == 0 and half == 0:
-                        # the words were read through another proxy than TMA writes by
-                        fence_async_shared()
                         mbarrier.arrive(empty.index(previous))
                     if unit == UNITS - 1 and half == HALVES - 1 and not P.RAW:
                         acc, more = wait_for_products(0, acc, more, P)
                 if unit % OWN == OWN - 1:
                     if unit == UNITS - 1:
-                        fence_async_shared()
                         mbarrier.arrive(empty.index(buffer))
                     previous = buffer
                     buffer += 1
                     if buffer == P.STAGES:
                         buffer = 0
                         phase ^= 1
-        # the operands of what follows may come from the kernel before this one
-        wait_for_previous_kernel()
-        if P.ALONG_K > 1:
-            acc = sum_along_k(sum_smem, there.index(ROW), taken.index(ROW), acc, s, KTH, ROW, P)
-        if KTH == 0:
+        if P.RAW:
+            hand_over_sum(sum_smem, there.index(0), taken.index(0), acc, odd, KTH)
+        elif KTH > 0:
+            slot: gl.constexpr = ROW * (P.ALONG_K - 1) + KTH - 1
+            hand_over_sum(sum_smem, there.index(ROW), taken.index(ROW), acc, odd, slot)
+        else:
+            # the operands of what follows may come from the kernel before this one
+            wait_for_previous_kernel()
+            if P.ALONG_K > 1:
+                acc = sum_along_k(
+                    sum_smem, there.index(ROW), taken.index(ROW), acc, odd, ROW * (P.ALONG_K - 1),
+                    P.ALONG_K - 1,
+                )  # fmt: skip
             finish_segment(
                 OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(ROW),
                 more_c_smem.index(ROW), acc, more, row, tile_m, start == 0, end == bodies,
                 tile - whole, tiles_n * tiles_m - whole, bodies, M, N, ROW, P,
             )  # fmt: skip
-    if OUT_MAP is not None and KTH == 0:
+        odd ^= 1
+    if OUT_MAP is not None and KTH == 0 and not P.RAW:
         tma.store_wait(0)
 
 
@@ -906,35 +899,30 @@ def batch_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.STAGES, 1], mbarrier.MBarrierLayout())
     sum_smem = gl.allocate_shared_memory(
-        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS + P.SUMS), ROWS * P.FIRST_M],
+        gl.float32, [max(1, (P.ALONG_K - 1) * P.ALONG_ROWS + P.RAW), ROWS * P.FIRST_M],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )  # fmt: skip
-    ones_smem = a_smem
-    totals_smem = a_smem
-    if P.SUMS:
-        L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-        ones_smem = gl.allocate_shared_memory(A.dtype, [8, 64], gl.NVMMASharedLayout(128, 16, 2))
-        ones_smem.store(gl.full([8, 64], 1.0, A.dtype, L))
-        totals_smem = gl.allocate_shared_memory(
-            gl.float32, [P.K_PARTS, P.FIRST_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )  # fmt: skip
     there = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [P.ALONG_ROWS, 1], mbarrier.MBarrierLayout())
     if P.ALONG_K > 1:
         ALONG_ROWS: gl.constexpr = P.ALONG_ROWS
         for i in gl.static_range(ALONG_ROWS):
-            mbarrier.init(there.index(i), count=P.ALONG_K - 1 + P.SUMS)
+            mbarrier.init(there.index(i), count=P.ALONG_K - 1 + P.RAW)
             mbarrier.init(taken.index(i), count=1)
     STAGES: gl.constexpr = P.STAGES
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2 if P.EXTRAS > 0 and i % P.EVERY == 0 else 1)
-        mbarrier.init(empty.index(i), count=P.CONSUMERS + P.SUMS)
+        mbarrier.init(empty.index(i), count=P.CONSUMERS)
     fence_async_shared()
 
     # Before what precedes is complete, only weights that it cannot have written may be read; the
     # next kernel may do so because this one has waited.
     if EARLY == 0:
         wait_for_previous_kernel()
+    if P.AT_ONCE:
+        for i in range(gl.minimum(BODIES * P.UNROLL, STAGES)):
+            mbarrier.expect(ready.index(i), stage_bytes(A, MORE, W, P))
+            load_words(W, ready.index(i), w_smem, i, gl.program_id(0), i, P)
     let_next_kernel_start()
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
@@ -948,19 +936,19 @@ def batch_kernel(
     preparing = (
         SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, TILES_N, TILES_M, WHOLE, BODIES,
     )  # fmt: skip
-    adding = (
-        a_smem, ones_smem, totals_smem, e_smem, sum_smem, ready, empty, there, taken, TILES_N,
-        TILES_M, WHOLE, BODIES,
+    finishing = (
+        OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, sum_smem, there, taken, M, N,
+        TILES_N, TILES_M, WHOLE, BODIES,
     )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS
     LOADING: gl.constexpr = P.LOADING_REGISTERS
     # functions cannot be put together in a variable, so each set of roles stands here
-    if P.SUMS:
+    if P.RAW:
         gl.warp_specialize([
             (consume, (consuming, 0, P)), (consume, (consuming, 1, P)),
             (consume, (consuming, 2, P)), (consume, (consuming, 3, P)),
-            (add_up, (adding, P)), (produce, (producing, P)), (prepare, (preparing, P)),
+            (finish, (finishing, P)), (produce, (producing, P)), (prepare, (preparing, P)),
         ], [4, 4, 4, 4, 1, 2], [R, R, R, LOADING, LOADING, LOADING])  # fmt: skip
     elif P.EXTRAS > 0:
         if P.CONSUMERS == 4:

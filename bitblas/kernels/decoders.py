@@ -214,16 +214,22 @@ def _slots(width: int) -> list[tuple[str, str, int]]:
 
 def _affine(decoder: Affine, bits: int, half: bool) -> tuple[list[str], tuple[int, int], int]:
     """(instructions, bits that codes of the two row halves are raised by, value of code 0)."""
-    width = planes(bits)[0][0]
-    mantissa = 10 if half else 7
     magic, base = (0, 0) if half else (0x4300, 128)
-    # Both row halves decode from one shifted word where their codes fit the mantissa. They lie as
-    # high there as a word that is not shifted at all lets them: shifts to the left are multiplies,
-    # by a pipe that has nothing else to do, those to the right share one with the logic.
-    row_shift = width if 2 * bits <= mantissa else 0
-    lowest = (mantissa - row_shift - bits) // (2 * width) * (2 * width) if row_shift else 0
-    lifts = (lowest, lowest + row_shift)
+    lifts = _lifts(bits, 10 if half else 7)
     return _codes(decoder, bits, magic, lifts), lifts, base
+
+
+def _lifts(bits: int, room: int) -> tuple[int, int]:
+    """By how many bits codes of the two row halves are raised, in so many bits.
+
+    Both decode from one shifted word where their codes fit. They lie as high there as a word that
+    is not shifted at all lets them: shifts to the left are multiplies, by a pipe that has nothing
+    else to do, those to the right share one with the logic.
+    """
+    width = planes(bits)[0][0]
+    row_shift = width if 2 * bits <= room else 0
+    lowest = (room - row_shift - bits) // (2 * width) * (2 * width) if row_shift else 0
+    return lowest, lowest + row_shift
 
 
 def _codes(decoder: Affine, bits: int, magic: int, lifts: tuple[int, int]) -> list[str]:
@@ -343,6 +349,71 @@ def _table(decoder: Table, A_dtype: str) -> list[str]:
             lines.append(f"prmt.b32 {outs[2 * pair]}, t, u, 0x5410;")
             lines.append(f"prmt.b32 {outs[2 * pair + 1]}, t, u, 0x7632;")
     return lines
+
+
+# --- operands without the scale -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RawDecoder:
+    """asm: reads two words per plane, and, if zero points are taken off, two registers for each half
+    of 16 rows, one for each word, each holding -one * zero point twice. It writes `registers`
+    registers of (code's value - zero point) / unit, which has a value for each half.
+    """
+
+    asm: str
+    constraints: str
+    registers: int
+    instructions: float
+    unit: tuple[float, float]
+    one: float = 1.0
+
+    @property
+    def instructions_per_weight(self) -> float:
+        return self.instructions / (2 * self.registers)
+
+
+@lru_cache(maxsize=256)
+def raw_operand_decoder(fmt: WeightFormat, A_dtype: str, zeros: bool) -> RawDecoder | None:
+    """The decoder of a format to a float16 or bfloat16 operand that lacks the scale; None where
+    there is none. zeros: whether it takes zero points off.
+
+    Codes stay where they are, as subnormals (a bit pattern below 2^8 is a multiple of 2^-133 in
+    bfloat16), to be raised by a multiply-add that takes off the offset or zero point as well.
+    """
+    pair, decoder, half = pair_decoder(fmt, A_dtype), fmt.decoder, A_dtype == "float16"
+    if pair is None or pair.entry:
+        return None
+    if pair.shift == (0.0, 0.0) and not zeros:
+        return RawDecoder(pair.asm, pair.constraints, pair.registers, pair.instructions, pair.unit)
+    if not isinstance(decoder, Affine):
+        return None
+    width, words = planes(fmt.bits)[0][0], 2 * len(planes(fmt.bits))
+    registers = 2 * 16 // width
+    lifts = _lifts(fmt.bits, 10 if half else 8)
+    lines = _codes(decoder, fmt.bits, 0, lifts)
+    one = 2.0 ** (lifts[0] - (9 if half else 6)) / decoder.step
+    raised = [2.0 ** ((15 if half else 127) + lifts[0] - lift) for lift in lifts]
+    fma, add = ("fma.rn.f16x2", "add.f16x2") if half else ("fma.rn.bf16x2", "add.rn.bf16x2")
+    lines.append(f".reg .b32 m0, m1; mov.b32 c0, {_pattern(decoder.offset * one, A_dtype)};")
+    lines += [f"mov.b32 m{r3}, {_pattern(raised[r3], A_dtype)};" for r3 in range(2)]
+    for out, word, slot in _slots(width):
+        r3 = slot % 2
+        minus = f"${registers + words + 2 * r3 + int(word[1:]) - registers}"
+        if zeros and not decoder.offset:
+            lines.append(f"{fma} {out}, {out}, m{r3}, {minus};")
+            continue
+        lines.append(f"{fma} {out}, {out}, m{r3}, c0;")
+        if zeros:
+            lines.append(f"{add} {out}, {out}, {minus};")
+    return RawDecoder(
+        _block(lines),
+        _constraints(registers, words + 4 * zeros),
+        registers,
+        _instructions(lines),
+        (1 / one, 1 / one),
+        one,
+    )
 
 
 # --- operands that are the weight itself --------------------------------------------------------

@@ -47,6 +47,19 @@ def keep_loads_here():
 
 
 @gluon.jit
+def twice(x, DTYPE: gl.constexpr):
+    """float32 -> int32 that holds it as DTYPE in both halves."""
+    if DTYPE == gl.float16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+
+
+@gluon.jit
 def take(x, INDEX: gl.constexpr):
     """x[..., INDEX] of a register dimension: splits cost no instruction."""
     COUNT: gl.constexpr = x.shape[len(x.shape) - 1]
