@@ -174,12 +174,14 @@ def _blocks(config: MatmulConfig, m: int, tile: Tile) -> int:
 
 def parts(shared: int, bodies: int, blocks: int) -> int:
     """The most parts that a shared tile is in."""
-    units, most = shared * bodies, 1
-    for tile in range(shared):
-        first = ((tile * bodies + 1) * blocks - 1) // units
-        last = ((tile + 1) * bodies * blocks - 1) // units
-        most = max(most, last - first + 1)
-    return most
+    each, rest = divmod(shared * bodies, blocks)
+
+    def owner(body: int) -> int:
+        more = rest * (each + 1)
+        return body // (each + 1) if body < more else rest + (body - more) // each
+
+    ends = range(bodies, (shared + 1) * bodies, bodies)
+    return max((owner(end - 1) - owner(end - bodies) + 1 for end in ends), default=1)
 
 
 def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
@@ -308,8 +310,8 @@ def _fitting(
 class _Costs:
     """Constants of the cost model. matrix: of the rate that the matrix units have on paper; weight,
     decoding: instructions for a lane's weight, and for each that its decoder has; cached: what the
-    L2 gives, in reads of DRAM; power: of the norm; start, summed, column: microseconds, of a
-    kernel, of a tile that is shared, of a register of the accumulator at a segment's end."""
+    L2 gives, in reads of DRAM; power: of the norm; start, summed: microseconds, of a kernel, of a
+    tile that is shared."""
 
     matrix: float
     weight: float
@@ -318,16 +320,15 @@ class _Costs:
     power: float
     start: float
     summed: float
-    column: float
 
 
 # fits to measurements on an H200 (h200_batch_tiles.csv in benchmarks/results): of tiles whose
-# consumers have rows of W each (607, 7 % off), of those that divide k (352, 5 %), and of those with
-# raw operands (615, the random products of h200_plan_quality.csv among them, 9 %)
+# consumers have rows of W each (509, 8 % off), of those that divide k (279, 7 %), and of those with
+# raw operands (186, 8 %)
 _COSTS = {
-    "rows": _Costs(0.937, 0.84, 2.30, 1.57, 3.99, 3.15, 1.11, 0.0),
-    "k": _Costs(0.663, 0.06, 2.43, 2.57, 4.36, 2.54, 1.97, 0.0037),
-    "raw": _Costs(1.0, 2.24, 1.07, 2.6, 3.76, 2.17, 2.23, 0.049),
+    "rows": _Costs(0.999, 0.95, 2.15, 1.68, 2.65, 2.11, 1.38),
+    "k": _Costs(0.594, 0.0, 2.36, 2.58, 3.49, 1.91, 1.51),
+    "raw": _Costs(0.620, 0.0, 2.46, 2.68, 4.98, 2.43, 1.47),
 }
 
 
@@ -335,8 +336,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     """What a product should take, from counts of instructions and bytes.
 
     The busiest block decides: its matrix instructions, its others, what all blocks read of weights
-    for the first time and what they read of anything overlap, but not wholly (a p-norm of them);
-    the ends of segments do not.
+    for the first time and what they read of anything overlap, but not wholly (a p-norm of them).
     """
     tiles_n, tiles_m = tiles_of(config, m, tile)
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
@@ -362,10 +362,8 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     step = sum(part**costs.power for part in parts_of_step) ** (1 / costs.power)
 
     registers = tile.bands * tile.block_m / 2  # of the accumulator
-    even = shared and blocks % shared == 0 and bodies * shared % blocks == 0
-    segments = waves + (0 if not shared else 1 if even else 2)
     summed = costs.summed + (most - 1) * 0.0127 * registers if most > 1 else 0.0
-    return costs.start + steps * step + segments * costs.column * registers + summed
+    return costs.start + steps * step + summed
 
 
 def launches(
@@ -392,9 +390,9 @@ def launches(
     blocks, bodies = _blocks(config, m, tile), _bodies(config, tile)
     shared = shared_tiles(config, m, tile)
     in_parts = shared > 0 and parts(shared, bodies, blocks) > 1
-    whole = tiles_n * tiles_m - (shared if in_parts else 0)
     if not in_parts:
-        blocks = min(blocks, whole)
+        shared, blocks = 0, min(blocks, tiles_n * tiles_m)
+    each, rest = divmod(shared * bodies, blocks)
     slots = (blocks, tile.consumers // tile.along_k)
     first, more = tile.pieces
     part = (64 * tile.bands, tile.block_m)
@@ -418,7 +416,9 @@ def launches(
         "TILES_N": tiles_n,
         "TILES_M": tiles_m,
         "BODIES": bodies,
-        "WHOLE": whole,
+        "WAVES": (tiles_n * tiles_m - shared) // blocks,
+        "EACH": each,
+        "REST": rest,
         "EARLY": Settled(),
     }
     constants = {"P": _constants(config, tile, in_parts, tiles_m == 1)}
@@ -472,7 +472,6 @@ class Constants(ConstantsBase):
     LOADING_REGISTERS: int
 
     ALONG_ROWS = known(lambda c: c.CONSUMERS // c.ALONG_K)
-    AT_ONCE = known(lambda c: c.ONE_M and not c.SHARED)
     TILE_BANDS = known(lambda c: c.BANDS * c.ALONG_ROWS)
     BODY_K = known(lambda c: c.STAGE_K * c.UNROLL)
     STEPS = known(lambda c: c.STAGE_K // 64)

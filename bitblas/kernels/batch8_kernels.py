@@ -373,10 +373,6 @@ def produce(operands, P: gl.constexpr):
     first = gl.program_id(0)
     tile_n, tile_m = place(first, tiles_n, tiles_m, P)
     early = gl.minimum(stages, P.STAGES)
-    if not P.ONE_M:  # else they are on their way
-        for i in range(early):
-            mbarrier.expect(ready.index(i), BYTES)
-            load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
     wait_for_previous_kernel()
     for i in range(early):
         load_rows(A, TAIL, FILL, ready.index(i), a_smem, i, tile_m * P.BLOCK_M, i, M, P)
@@ -657,14 +653,13 @@ def batch8_kernel(
     if EARLY == 0:
         wait_for_previous_kernel()
     bodies = (K + P.BODY_K - 1) // P.BODY_K
-    if P.ONE_M:
-        BYTES: gl.constexpr = W.block_type.nbytes + P.STEPS * A.block_type.nbytes
-        for i in range(gl.minimum(bodies * P.UNROLL, STAGES)):
-            mbarrier.expect(ready.index(i), BYTES)
-            load_words(W, ready.index(i), w_smem, i, gl.program_id(0), i, P)
-    let_next_kernel_start()
     tiles_m = (M + P.BLOCK_M - 1) // P.BLOCK_M
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
+    tile_n, _ = place(gl.program_id(0), tiles_n, tiles_m, P)
+    for i in range(gl.minimum(bodies * P.UNROLL, STAGES)):
+        mbarrier.expect(ready.index(i), W.block_type.nbytes + P.STEPS * A.block_type.nbytes)
+        load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
+    let_next_kernel_start()
     consuming = (
         OUT, OUT_MAP, SCALE, ZEROS, INPUT_SCALE, BIAS, SUMS, a_smem, w_smem, e_smem, s_smem,
         x_smem, c_smem, ready, empty, given, taken, M, N, G, tiles_n, tiles_m, bodies,

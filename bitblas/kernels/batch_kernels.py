@@ -17,9 +17,10 @@ before, and of the other warpgroups.
     run      RUN stages, whose scales of a row are read at once
     segment  bodies of one tile that one block does, one after the other
 
-Tiles up to WHOLE are done whole, in turns. The others are shared: their bodies, in the order of
-tiles and k, are dealt out to all blocks in equal numbers, so what a block gets may be a part of a
-tile, or parts of two and whole ones between. It begins with its last segment, which may lack the
+Tiles are done whole, in turns: WAVES of as many as there are blocks, if those that are left are
+shared. Their bodies, in the order of tiles and k, are dealt out to all blocks, EACH of them or, to
+the first REST blocks, one more, so what a block gets may be a part of a tile, or parts of two and
+whole ones between. It begins with its last segment, which may lack the
 end of a tile: that part goes to PARTS, and its flag is raised. Who has a tile's last body adds the
 parts of the blocks before it, in their order, so that equal calls give equal bits; when it comes
 to that, they have mostly been there for long. Blocks wait for none but those of lower numbers,
@@ -31,10 +32,10 @@ Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders
     GROUP: values of k that share a scale, a power of two; 0: one scale for a row.
     MINUS, SCALED, ADDED: which extras the decoder takes, EXTRAS: how many by way of the ring.
     PACK: scales and zero points that are loaded as one.
-    RAW: operands are the codes as they come, as in decode_kernels: the products of FOLD_K values of
-        k are a sum of their own, which is multiplied by the group's factor and added. What offsets
-        and zero points add, if there are any (SUMS), is found by a warpgroup of its own, `add_up`,
-        from the sums of A over each of the K_PARTS parts of a stage, and added at a tile's end.
+    RAW: operands lack the scale: the products of FOLD_K values of k are a sum of their own, which
+        is multiplied by the group's factor and added. Such tiles have a warpgroup of their own that
+        adds the consumers' sums, `finish`.
+    ONE_M: whether A's rows are one tile.
     ROW, KTH: which of the consumers along W's rows, and along k, a warpgroup is.
 """
 
@@ -102,39 +103,42 @@ def accumulator_layout(COLUMNS):
 
 
 @gluon.jit
-def share_of(shared, bodies, block):
-    """The run of bodies, [first, last), of all shared tiles that a block gets."""
-    units = shared * bodies
-    return units * block // gl.num_programs(0), units * (block + 1) // gl.num_programs(0)
-
-
-@gluon.jit
-def segments(tiles, whole, bodies, P: gl.constexpr):
-    """What a block goes through: (first, end, step) of the numbers of its segments; and, for
-    `segment`, how many of them are in shared tiles, first and last body of its share."""
+def work_of(tiles, waves, each, rest, bodies, P: gl.constexpr):
+    """What this block does: the numbers of its segments, (first, end, step), and what `segment` and
+    `owner` take besides: (whole tiles of all blocks; of shared tiles: segments of this block, the
+    last tile, first and last body; bodies of each block, blocks that have one more)."""
     block, blocks = gl.program_id(0), gl.num_programs(0)
-    if not P.SHARED:
-        return block, whole, blocks, 0, 0, 0
+    if P.SHARED:
+        first = block * each + gl.minimum(block, rest)
+        last = first + each + (block < rest).to(gl.int32)
+        top = (last - 1) // bodies
+        shared = top - first // bodies + 1
+        return 0, shared + waves, 1, waves * blocks, shared, top, first, last, each, rest
     else:
-        alone = (whole - block + blocks - 1) // blocks
-        first, last = share_of(tiles - whole, bodies, block)
-        shared = gl.where(last > first, (last + bodies - 1) // bodies - first // bodies, 0)
-        return 0, shared + alone, 1, shared, first, last
+        return block, tiles, blocks, tiles, 0, 0, 0, 0, 0, 0
 
 
 @gluon.jit
-def segment(i, whole, bodies, shared, first, last, P: gl.constexpr):
+def segment(i, work, bodies, P: gl.constexpr):
     """A segment: (tile, first body, last body). Those in shared tiles come first, in reverse."""
-    if not P.SHARED:
-        return i, 0, bodies
-    else:
-        block, blocks = gl.program_id(0), gl.num_programs(0)
-        nth = (last - 1) // bodies - i
+    _, _, _, whole, shared, top, first, last, _, _ = work
+    if P.SHARED:
+        nth = top - i
         alone = i >= shared
-        tile = gl.where(alone, block + (i - shared) * blocks, whole + nth)
+        tile = gl.where(alone, gl.program_id(0) + (i - shared) * gl.num_programs(0), whole + nth)
         start = gl.where(alone, 0, gl.maximum(first - nth * bodies, 0))
         end = gl.where(alone, bodies, gl.minimum(last - nth * bodies, bodies))
         return tile, start, end
+    else:
+        return i, 0, bodies
+
+
+@gluon.jit
+def owner(body, work):
+    """The block that has a body of the shared tiles."""
+    _, _, _, _, _, _, _, _, each, rest = work
+    more = rest * (each + 1)  # bodies of the blocks that have one more
+    return gl.where(body < more, body // (each + 1), rest + (body - more) // each)
 
 
 @gluon.jit
@@ -227,22 +231,16 @@ def stage_bytes(A, MORE, W, P):
 
 @gluon.jit
 def produce(operands, P: gl.constexpr):
-    """Fills the ring for all segments. Words of the first stages are on their way before what
-    precedes this kernel is complete, A only after it."""
+    """Fills the ring for all segments. Words of the first stages are on their way since before what
+    precedes this kernel was complete, A only after it."""
     (
-        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m, whole,
-        bodies,
+        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, tiles_n, tiles_m,
+        bodies, work,
     ) = operands  # fmt: skip
     BYTES: gl.constexpr = stage_bytes(A, MORE, W, P)
-    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
-    tile, start, end = segment(s_first, whole, bodies, shared, first, last, P)
+    tile, start, end = segment(work[0], work, bodies, P)
     tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
-    early = gl.minimum((end - start) * P.UNROLL, P.STAGES)
-    if not P.AT_ONCE:
-        early = gl.where(s_end > s_first, early, 0)
-        for i in range(early):
-            mbarrier.expect(ready.index(i), BYTES)
-            load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
+    early = gl.minimum((end - start) * P.UNROLL, P.STAGES)  # stages whose words are on their way
     wait_for_previous_kernel()
     for i in range(early):
         load_activations(
@@ -251,10 +249,10 @@ def produce(operands, P: gl.constexpr):
         )  # fmt: skip
     buffer = early % P.STAGES
     phase = gl.where(early == P.STAGES, 0, 1)
-    for s in range(s_first, s_end, s_step):
-        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+    for s in range(work[0], work[1], work[2]):
+        tile, start, end = segment(s, work, bodies, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
-        done = gl.where(s == s_first, early, 0)
+        done = gl.where(s == work[0], early, 0)
         for stage in range(start * P.UNROLL + done, end * P.UNROLL):
             barrier = ready.index(buffer)
             mbarrier.wait(empty.index(buffer), phase)
@@ -363,17 +361,16 @@ def prepare(operands, P: gl.constexpr):
     one set of registers and another in turns: to move them would be to wait for them.
     """
     (
-        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, whole, bodies,
+        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, tiles_n, tiles_m, bodies, work,
     ) = operands  # fmt: skip
     RUN: gl.constexpr = P.RUN
     DTYPE: gl.constexpr = a_smem.dtype
     loading = (SCALE, ZEROS, N, G)
     rings = (SCALE, ZEROS, e_smem, ready, empty)
-    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 1
-    for s in range(s_first, s_end, s_step):
-        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+    for s in range(work[0], work[1], work[2]):
+        tile, start, end = segment(s, work, bodies, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         row = tile_n * (64 * P.TILE_BANDS)
         begin = start * P.UNROLL
@@ -657,10 +654,9 @@ def wait_for_products(UNDER_WAY: gl.constexpr, acc, more, P: gl.constexpr):
 @gluon.jit
 def finish_segment(
     OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, more_c_smem, acc, more,
-    row, tile_m, from_start, to_end, nth, shared, bodies, M, N, ROW: gl.constexpr, P: gl.constexpr,
+    row, tile, tile_m, start, end, bodies, work, M, N, ROW: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Stores a consumer's rows of a tile, or its part of their sum. from_start, to_end: whether the
-    segment has the tile's first and last body; nth: of the shared tiles."""
+    """Stores a consumer's rows of a tile, or its part of their sum. start, end: bodies."""
     n = gl.arange(0, 64 * P.BANDS, gl.SliceLayout(1, acc.type.layout))
     if SCALE is not None and not P.SCALED and not P.RAW:
         scale = decode_scale(gl.load(SCALE + (row + n), mask=row + n < N, other=0), P.SCALE_KIND)
@@ -671,12 +667,12 @@ def finish_segment(
         acc = acc * P.UNIT
         more = more * P.UNIT
     if P.SHARED:
-        if not from_start and to_end:
-            first = ((nth * bodies + 1) * gl.num_programs(0) - 1) // (shared * bodies)
+        if start > 0 and end == bodies:
+            first = owner((tile - work[3]) * bodies, work)
             acc, more = add_parts(PARTS, FLAGS, acc, more, first, ROW, P)
-        if not to_end:
+        if end < bodies:
             send_part(PARTS, FLAGS, acc, more, ROW, P)
-    if to_end:
+    if end == bodies:
         if GLOBAL_SCALE is not None:
             factor = gl.load(GLOBAL_SCALE)
             acc = acc * factor
@@ -717,22 +713,21 @@ def finish(operands, P: gl.constexpr):
     next segment."""
     (
         OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, sum_smem, there, taken, M, N,
-        tiles_n, tiles_m, whole, bodies,
+        tiles_n, tiles_m, bodies, work,
     ) = operands  # fmt: skip
-    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
     odd = 0
     # the operands of what follows may come from the kernel before this one
     wait_for_previous_kernel()
-    for s in range(s_first, s_end, s_step):
-        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+    for s in range(work[0], work[1], work[2]):
+        tile, start, end = segment(s, work, bodies, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         acc = gl.zeros([64, P.FIRST_M], gl.float32, accumulator_layout(P.FIRST_M))
         acc = sum_along_k(sum_smem, there.index(0), taken.index(0), acc, odd, 0, P.ALONG_K)
         odd ^= 1
         finish_segment(
             OUT, OUT_MAP, None, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(0),
-            c_smem.index(0), acc, acc, tile_n * 64, tile_m, start == 0, end == bodies,
-            tile - whole, tiles_n * tiles_m - whole, bodies, M, N, 0, P,
+            c_smem.index(0), acc, acc, tile_n * 64, tile, tile_m, start, end, bodies, work, M, N, 0,
+            P,
         )  # fmt: skip
     if OUT_MAP is not None:
         tma.store_wait(0)
@@ -743,7 +738,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
         w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, tiles_n,
-        tiles_m, whole, bodies,
+        tiles_m, bodies, work,
     ) = operands  # fmt: skip
     ROW: gl.constexpr = WHO % P.ALONG_ROWS
     KTH: gl.constexpr = WHO // P.ALONG_ROWS
@@ -760,12 +755,11 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.UNROLL * OWN
     HALVES: gl.constexpr = P.UNIT_K // 64
-    s_first, s_end, s_step, shared, first, last = segments(tiles_n * tiles_m, whole, bodies, P)
     buffer = 0
     phase = 0
     odd = 0
-    for s in range(s_first, s_end, s_step):
-        tile, start, end = segment(s, whole, bodies, shared, first, last, P)
+    for s in range(work[0], work[1], work[2]):
+        tile, start, end = segment(s, work, bodies, P)
         tile_n, tile_m = place(tile, tiles_n, tiles_m, P)
         row = (tile_n * P.ALONG_ROWS + ROW) * (64 * P.BANDS)
         if P.RAW and not P.MINUS:
@@ -849,26 +843,30 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                 )  # fmt: skip
             finish_segment(
                 OUT, OUT_MAP, MORE_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem.index(ROW),
-                more_c_smem.index(ROW), acc, more, row, tile_m, start == 0, end == bodies,
-                tile - whole, tiles_n * tiles_m - whole, bodies, M, N, ROW, P,
+                more_c_smem.index(ROW), acc, more, row, tile, tile_m, start, end, bodies, work, M,
+                N, ROW, P,
             )  # fmt: skip
         odd ^= 1
     if OUT_MAP is not None and KTH == 0 and not P.RAW:
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "G", "TILES_N", "TILES_M", "BODIES", "WHOLE", "EARLY"])
+@gluon.jit(
+    do_not_specialize=[
+        "M", "N", "G", "TILES_N", "TILES_M", "BODIES", "WAVES", "EACH", "REST", "EARLY"
+    ]
+)  # fmt: skip
 def batch_kernel(
     A, MORE, TAIL, FILL, W, OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS,
-    M, N, G, TILES_N, TILES_M, BODIES, WHOLE, EARLY, P: gl.constexpr,
+    M, N, G, TILES_N, TILES_M, BODIES, WAVES, EACH, REST, EARLY, P: gl.constexpr,
 ):  # fmt: skip
     """OUT[M, N]. Grid: any number of blocks, best as many as run at a time.
 
     A: a TMA map of (M, K), [FIRST_M, 64] at a time; MORE: [MORE_M, 64] at a time; TAIL, FILL: see
     wgmma.tail_maps; W: of the words as (row tiles of the layout, chunks along K * 4, 128). OUT_MAP,
     MORE_MAP: of OUT, where TMA can write it. TILES_N, TILES_M: tiles of W's rows and of A's, BODIES
-    of a tile, WHOLE: tiles that are done by one block each. EARLY: whether the weights may be read
-    before the previous kernel in the stream is complete. P: batch.Constants.
+    of a tile. EARLY: whether the weights may be read before the previous kernel in the stream is
+    complete. P: batch.Constants.
     """
     ROWS: gl.constexpr = 64 * P.BANDS
     a_smem = gl.allocate_shared_memory(A.dtype, [P.STAGES * P.STEPS, P.FIRST_M, 64], A.layout)
@@ -919,26 +917,28 @@ def batch_kernel(
     # next kernel may do so because this one has waited.
     if EARLY == 0:
         wait_for_previous_kernel()
-    if P.AT_ONCE:
-        for i in range(gl.minimum(BODIES * P.UNROLL, STAGES)):
-            mbarrier.expect(ready.index(i), stage_bytes(A, MORE, W, P))
-            load_words(W, ready.index(i), w_smem, i, gl.program_id(0), i, P)
+    work = work_of(TILES_N * TILES_M, WAVES, EACH, REST, BODIES, P)
+    tile, start, end = segment(work[0], work, BODIES, P)
+    tile_n, _ = place(tile, TILES_N, TILES_M, P)
+    for i in range(gl.minimum((end - start) * P.UNROLL, STAGES)):
+        mbarrier.expect(ready.index(i), stage_bytes(A, MORE, W, P))
+        load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
     let_next_kernel_start()
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
         w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, TILES_N,
-        TILES_M, WHOLE, BODIES,
+        TILES_M, BODIES, work,
     )  # fmt: skip
     producing = (
-        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, TILES_N, TILES_M, WHOLE,
-        BODIES,
+        A, MORE, TAIL, FILL, W, a_smem, more_smem, w_smem, ready, empty, M, TILES_N, TILES_M,
+        BODIES, work,
     )  # fmt: skip
     preparing = (
-        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, TILES_N, TILES_M, WHOLE, BODIES,
+        SCALE, ZEROS, a_smem, e_smem, ready, empty, N, G, TILES_N, TILES_M, BODIES, work,
     )  # fmt: skip
     finishing = (
         OUT, OUT_MAP, SCALE, BIAS, GLOBAL_SCALE, PARTS, FLAGS, c_smem, sum_smem, there, taken, M, N,
-        TILES_N, TILES_M, WHOLE, BODIES,
+        TILES_N, TILES_M, BODIES, work,
     )  # fmt: skip
     # registers of a consumer's thread, and of one that loads
     R: gl.constexpr = P.REGISTERS

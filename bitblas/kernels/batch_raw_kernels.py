@@ -1,9 +1,5 @@
-"""Device code of the batch family for raw operands: codes that the matrix units multiply as they
-come, whose sums are corrected. batch_kernels explains the terms.
-
-With index r3, which says in which half of 16 rows a weight lies (bitblas.kernels.decoders),
-
-    sum of weight * a = factor * sum of raw * a + offset * sum of a
+"""Device code of the batch family for raw operands: weights that lack the scale, which the sums of
+products are multiplied by instead. batch_kernels explains the terms.
 """
 
 # Gluon gives these functions' parameters their types.

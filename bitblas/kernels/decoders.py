@@ -356,8 +356,8 @@ def _table(decoder: Table, A_dtype: str) -> list[str]:
 
 @dataclass(frozen=True)
 class RawDecoder:
-    """asm: reads two words per plane, and, if zero points are taken off, two registers for each half
-    of 16 rows, one for each word, each holding -one * zero point twice. It writes `registers`
+    """asm: reads two words per plane, and, if zero points are taken off, two registers for each
+    half of 16 rows, one for each word, each holding -one * zero point twice. It writes `registers`
     registers of (code's value - zero point) / unit, which has a value for each half.
     """
 
