@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitblas.formats import FORMATS, Affine
+from bitblas.formats import FORMATS, Affine, Table
 from bitblas.kernels.decoders import (
+    Decoder,
     PairDecoder,
     operand_decoder,
     pair_decoder,
@@ -31,6 +32,7 @@ DECODERS = [
     for dtype in DTYPES
     if pair_decoder(fmt, dtype) is not None
 ]
+TABLES = [(name, dtype) for name, dtype in DECODERS if isinstance(FORMATS[name].decoder, Table)]
 INTEGERS = [(name, dtype) for name, dtype in DECODERS if FORMATS[name].is_integer]
 
 
@@ -218,13 +220,17 @@ def decoded(name: str, dtype: str, seed: int) -> tuple[PairDecoder, torch.Tensor
     assert decoder is not None
     codes = every_code_everywhere(fmt.bits, seed)
     inputs = pairs_of_words(codes, fmt.bits)
-    if decoder.table_bytes:
-        like = next(iter(inputs.values()))
-        lane = np.zeros_like(like) + 4 * np.arange(like.shape[1], dtype=np.uint32)[:, None] % 128
-        inputs |= {f"${decoder.registers + 2 + i}": lane for i in range(2)}
+    inputs |= lanes(decoder, inputs)
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
     outputs = execute(decoder.asm, inputs, filled(decoder))
     return decoder, *by_place(outputs, codes, inputs, decoder.registers, dtype)
+
+
+def lanes(decoder: Decoder, words: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What decoders that look codes up read besides words."""
+    like = next(iter(words.values()))
+    lane = np.zeros_like(like) + 4 * np.arange(like.shape[1], dtype=np.uint32)[:, None] % 128
+    return {f"${decoder.registers + 2 + i}": lane for i in range(2 * bool(decoder.table_bytes))}
 
 
 def by_place(
@@ -251,7 +257,7 @@ def by_place(
     return torch.stack([*map(torch.cat, raw)]), torch.stack([*map(torch.cat, wanted)])
 
 
-def filled(decoder: PairDecoder, warps: int = 8) -> np.ndarray:
+def filled(decoder: Decoder, warps: int = 8) -> np.ndarray:
     """The table that the threads of a block write; all ones where nothing is."""
     memory = np.full(decoder.table_bytes // 4, 0xFFFFFFFF, dtype=np.uint32)
     if decoder.table_bytes:
@@ -276,16 +282,22 @@ EXTRAS = {"minus": (3, 1), "scale": (0.3, 1.7), "addend": (-0.15, 0.6)}  # in th
     [(False, False, False), (False, True, False), (True, True, False), (True, True, True),
      (True, False, True), (False, True, True)],
 )  # fmt: skip
-@pytest.mark.parametrize(("name", "dtype"), DECODERS)
-def test_operands_are_scaled_weights(name, dtype, based, scaled, added, seed):
+@pytest.mark.parametrize(
+    ("name", "dtype", "lookup"),
+    [(*pair, False) for pair in DECODERS] + [(*pair, True) for pair in TABLES],
+)
+def test_operands_are_scaled_weights(name, dtype, lookup, based, scaled, added, seed):
     """Rounded once, from a code less an integer zero point, which is exact."""
     fmt = FORMATS[name]
     if (based or added) and not fmt.is_integer:
         pytest.skip("only integers have zero points")
-    decoder = operand_decoder(fmt, dtype, based, scaled, added)
+    decoder = operand_decoder(fmt, dtype, based, scaled, added, lookup)
+    assert bool(decoder.table_bytes) == lookup
     codes = every_code_everywhere(fmt.bits, seed)
     inputs = pairs_of_words(codes, fmt.bits)
-    words, first = dict(inputs), decoder.registers + len(inputs)
+    words = dict(inputs)
+    inputs |= lanes(decoder, words)
+    first = decoder.registers + len(inputs)
     given = {key: by_row_half(EXTRAS[key]).to(DTYPES[dtype]).double() for key in EXTRAS}
     for key, there in (("minus", based), ("scale", scaled), ("addend", added)):
         if there:
@@ -296,9 +308,8 @@ def test_operands_are_scaled_weights(name, dtype, based, scaled, added, seed):
                 inputs |= {f"${first}": both, f"${first + 1}": both}
                 first += 2
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
-    found, codes = by_place(
-        execute(decoder.asm, inputs), codes, words, decoder.registers, dtype
-    )  # fmt: skip
+    outputs = execute(decoder.asm, inputs, filled(decoder, 4))
+    found, codes = by_place(outputs, codes, words, decoder.registers, dtype)
     values = fmt.to_values(codes, DTYPES[dtype]).double() - based * given["minus"]
     values = values / decoder.unit * (given["scale"] if scaled else 1)
     values = values + added * given["addend"]
@@ -316,7 +327,8 @@ def test_raw_operands_are_weights_without_the_scale(name, dtype, zeros, seed):
         return
     codes = every_code_everywhere(fmt.bits, seed)
     words = pairs_of_words(codes, fmt.bits)
-    inputs, first = dict(words), decoder.registers + len(words)
+    inputs = words | lanes(decoder, words)
+    first = decoder.registers + len(inputs)
     zero = by_row_half((2.25, 1.0)).to(DTYPES[dtype]).double() * zeros
     for r3 in range(2 * zeros):
         like = words[f"${decoder.registers}"]
@@ -324,7 +336,7 @@ def test_raw_operands_are_weights_without_the_scale(name, dtype, zeros, seed):
         inputs |= {f"${first}": both, f"${first + 1}": both}
         first += 2
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))
-    outputs = execute(decoder.asm, inputs)
+    outputs = execute(decoder.asm, inputs, filled(decoder, 4))
     found, codes = by_place(outputs, codes, words, decoder.registers, dtype)
     values = (fmt.to_values(codes, DTYPES[dtype]).double() - zero).to(DTYPES[dtype]).double()
     assert same(found * by_row_half(decoder.unit), values)
@@ -356,6 +368,7 @@ def test_signs_of_zeros_survive(name, dtype, seed):
 def test_a_table_does_not_depend_on_how_many_warps_fill_it(name):
     decoder = pair_decoder(FORMATS[name], "float16")
     assert np.array_equal(filled(decoder, 16), filled(decoder, 8))
+    assert np.array_equal(filled(decoder, 4), filled(decoder, 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

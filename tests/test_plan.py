@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,26 @@ def test_a_shipped_choice_serves_all_rows_that_are_staged_alike(h200):
         shipped = cache.recorded_choices(config, "NVIDIA H200")
         for m in rows:
             assert plan.pick(config, m, DEVICE) == (decode, decode.Tile(**shipped[measured]))
+
+
+def test_every_shipped_choice_runs():
+    """Each is a tile that its family knows, serves and has shared memory for."""
+    path = Path(cache.__file__).parent / "shipped" / "NVIDIA_H200.json"
+    for key, choices in json.loads(path.read_text()).items():
+        fields = json.loads(key)
+        zeros = fields["zeros_mode"]
+        fields |= {"with_zeros": zeros is not None, "zeros_mode": zeros or "original"}
+        assert fields.pop("k_split") == 1
+        config = MatmulConfig(**fields)
+        for m, choice in choices.items():
+            family = decode if choice["kernel"] == "decode" else batch
+            tile = family.Tile(**choice)
+            assert family.serves(config, int(m), 90)
+            if family is batch:
+                room = decode.SHARED_BYTES // tile.per_sm
+                assert batch.shared_bytes(config, tile) <= room, (key, m)
+            else:
+                assert decode.shared_bytes(config, int(m), tile) <= decode.SHARED_BYTES
 
 
 def test_without_a_choice_the_cost_model_decides(h200):

@@ -34,6 +34,7 @@ from .wgmma import (
 KERNELS = ("batch",)
 _FEW_ROWS = 16  # of A, for which tiles are no larger
 _LEAST_ROWS = 32  # of A that the others have
+_MOST_ROWS_OF_LOOKUPS = 64  # of A, beside which there is room for a table to look codes up in
 MOST_PARTS = 128  # of a shared tile: flags that a warpgroup looks at
 # what flags hold when a part is there
 _TAG = 0x2545F4914F6CDD1D
@@ -125,11 +126,12 @@ def _extras(config: MatmulConfig) -> _Extras:
     return _Extras(kind in ("original", "quantized"), scaled, kind in ("original", "rescale"))
 
 
-def _decoder(config: MatmulConfig) -> OperandDecoder:
+def _decoder(config: MatmulConfig, tile: Tile) -> OperandDecoder:
     extras = _extras(config)
     decoder = operand_decoder(
-        config.format, config.A_dtype, extras.based, extras.scaled, extras.added
-    )
+        config.format, config.A_dtype, extras.based, extras.scaled, extras.added,
+        lookup=tile.block_m <= _MOST_ROWS_OF_LOOKUPS,
+    )  # fmt: skip
     assert decoder is not None  # _serves has seen to it
     return decoder
 
@@ -194,7 +196,7 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     if group:
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * sums)
-    return tile.stages * (stage + 16) + out + 1024
+    return tile.stages * (stage + 16) + out + 1024 + (raw or _decoder(config, tile)).table_bytes
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -353,7 +355,7 @@ def microseconds(config: MatmulConfig, m: int, tile: Tile, gpu: GPU) -> float:
     # for a value of k, in microseconds
     rows = tile.rows * per_sm / gpu.cycles_per_us
     matrix = rows * max(tile.block_m, 26) / 2048 / costs.matrix  # of 26 columns or fewer
-    decoding = costs.decoding * (raw or _decoder(config)).instructions_per_weight
+    decoding = costs.decoding * (raw or _decoder(config, tile)).instructions_per_weight
     instructions = rows * (decoding + costs.weight) / 128
     weights = tile.rows * (config.bits + 0.25) / 8
     read = blocks * weights / gpu.bytes_per_us / min(tiles_m, SWEEP)
@@ -426,7 +428,10 @@ def launches(
     options: dict[str, Any] = {"maxnreg": _registers_of_thread(config, tile)}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
-    return [Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options)]
+    table = (raw_decoder(config, tile) or _decoder(config, tile)).table_bytes
+    return [
+        Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options, table)
+    ]
 
 
 @dataclass(frozen=True)
@@ -439,6 +444,7 @@ class Constants(ConstantsBase):
     EXTRA: int
     TILE_K: int
     ASM: str
+    FILL: str
     CONSTRAINTS: str
     BASE: tuple[float, float]
     MOST: float
@@ -548,7 +554,7 @@ def _registers(config: MatmulConfig, tile: Tile) -> dict[str, int]:
 
 @lru_cache(maxsize=4096)
 def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, one_m: bool) -> Constants:
-    decoder, extras, group = _decoder(config), _extras(config), group_of(config)
+    decoder, extras, group = _decoder(config, tile), _extras(config), group_of(config)
     widths = [width for width, _ in planes(config.bits)]
     raw = raw_decoder(config, tile)
     found = Constants(
@@ -557,6 +563,7 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, one_m: bool) ->
         EXTRA=widths[1] if len(widths) > 1 else 0,
         TILE_K=FRAGMENT_16.block_k(config.bits),
         ASM=(raw or decoder).asm,
+        FILL=(raw or decoder).fill(4),
         CONSTRAINTS=(raw or decoder).constraints,
         BASE=decoder.base,
         MOST=decoder.most,

@@ -49,6 +49,7 @@ from .device import (
     decode_scale,
     extras_layout,
     keep_loads_here,
+    lane_offset,
     let_next_kernel_start,
     of_rows,
     powers,
@@ -451,7 +452,8 @@ def read_tile(w_smem, buffer, TILE: gl.constexpr, ROW: gl.constexpr, P: gl.const
 
 @gluon.jit
 def decode_unit(
-    main, extra, minus, scale, addend, UNIT: gl.constexpr, DTYPE: gl.constexpr, P: gl.constexpr
+    main, extra, lane, minus, scale, addend, UNIT: gl.constexpr, DTYPE: gl.constexpr,
+    P: gl.constexpr,
 ):  # fmt: skip
     """The registers of a body's unit, a tuple in the decoder's order, [4 * BANDS, 8, 4, GROUPS,
     words of a group]."""
@@ -464,6 +466,8 @@ def decode_unit(
         e = take(extra, UNIT % P.TILE_UNITS)
         e = gl.join(e, e).reshape([4 * P.BANDS, 8, 4, P.GROUPS, P.WORDS // P.GROUPS])
         operands = operands + [gl.convert_layout(e, L, assert_trivial=True)]
+    if P.FILL != "":
+        operands = operands + [lane]
     if P.MINUS:
         for half in gl.static_range(2):
             operands = operands + [gl.broadcast(of_half(minus, half, L), w)[0]]
@@ -755,6 +759,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
     ROW_EXTRAS: gl.constexpr = extras_layout(1, P.BANDS)
     UNITS: gl.constexpr = P.UNROLL * OWN
     HALVES: gl.constexpr = P.UNIT_K // 64
+    lane = lane_offset() if P.FILL != "" else 0
     buffer = 0
     phase = 0
     odd = 0
@@ -799,7 +804,7 @@ def consume(operands, WHO: gl.constexpr, P: gl.constexpr):
                             e_smem, buffer // P.EVERY * P.EXTRAS, ROW,
                             (unit % OWN + FIRST) * P.UNIT_K // P.GROUP, P,
                         )  # fmt: skip
-                o = decode_unit(main, extra, minus, scale, addend, unit, a_smem.dtype, P)
+                o = decode_unit(main, extra, lane, minus, scale, addend, unit, a_smem.dtype, P)
                 for half in gl.static_range(HALVES):
                     a = row_operand(o, 4 * half, P, DOT)
                     step = buffer * P.STEPS + (unit % OWN + FIRST) * HALVES + half
@@ -924,6 +929,8 @@ def batch_kernel(
         mbarrier.expect(ready.index(i), stage_bytes(A, MORE, W, P))
         load_words(W, ready.index(i), w_smem, i, tile_n, start * P.UNROLL + i, P)
     let_next_kernel_start()
+    if P.FILL != "":
+        gl.inline_asm_elementwise(P.FILL, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     consuming = (
         OUT, OUT_MAP, MORE_MAP, SCALE, ZEROS, BIAS, GLOBAL_SCALE, PARTS, FLAGS, a_smem, more_smem,
         w_smem, e_smem, c_smem, more_c_smem, sum_smem, ready, empty, there, taken, M, N, G, TILES_N,

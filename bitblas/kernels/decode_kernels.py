@@ -31,6 +31,7 @@ from __future__ import annotations
 from .device import (
     decode_scale,
     keep_loads_here,
+    lane_offset,
     let_next_kernel_start,
     packed_zeros,
     powers,
@@ -106,18 +107,6 @@ def staging_layout(WARPS, ROWS, UNIT_K, VECTOR):
 
 
 # --- small pieces ----------------------------------------------------------------------------
-
-
-@gluon.jit
-def lane_offset():
-    """4 * lane: a scalar to the compiler, which need not know that lanes differ.
-
-    What decoders read of their table depends on it, so nothing is read before it is written.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; mov.u32 t, %laneid; shl.b32 $0, t, 2; }", "=r", [], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -31,12 +31,10 @@ from ..layouts import planes
 
 
 @dataclass(frozen=True)
-class PairDecoder:
-    """asm: reads two words per plane, writes `registers` registers. See the module's docstring.
-
-    instructions: that asm takes, as the cost model counts them. entry: where asm looks codes up,
-    PTX that makes the table's entries; then asm reads 4 * lane as third and fourth input. scalable:
-    whether raw values times e4m3 scales are exact in the operand's dtype.
+class Decoder:
+    """asm: reads two words per plane, and what its kind of decoder says, writes `registers`
+    registers. instructions: that it takes, as the cost models count them. entry: where asm looks
+    codes up, PTX that makes the table's entries; then asm reads 4 * lane as third and fourth input.
     """
 
     asm: str
@@ -44,11 +42,6 @@ class PairDecoder:
     registers: int
     instructions: float
     entry: str = ""
-    scalable: bool = False
-    unit: tuple[float, float] = (1.0, 1.0)
-    one: tuple[float, float] = (-1.0, -1.0)
-    shift: tuple[float, float] = (0.0, 0.0)
-    zero: tuple[float, float] = (1.0, 1.0)
 
     @property
     def instructions_per_weight(self) -> float:
@@ -60,8 +53,20 @@ class PairDecoder:
         return 256 * ROW_BYTES if self.entry else 0
 
     def fill(self, warps: int) -> str:
-        """PTX by which the threads of a block write the table; "" where there is none."""
+        """PTX by which the threads of so many warps write the table; "" where there is none."""
         return _fill(self.entry, 32 * warps) if self.entry else ""
+
+
+@dataclass(frozen=True)
+class PairDecoder(Decoder):
+    """To raw values; see the module's docstring. scalable: whether they, times e4m3 scales, are
+    exact in the operand's dtype."""
+
+    scalable: bool = False
+    unit: tuple[float, float] = (1.0, 1.0)
+    one: tuple[float, float] = (-1.0, -1.0)
+    shift: tuple[float, float] = (0.0, 0.0)
+    zero: tuple[float, float] = (1.0, 1.0)
 
 
 @lru_cache(maxsize=256)
@@ -131,9 +136,11 @@ def _constraints(outputs: int, inputs: int) -> str:
 
 
 def _instructions(lines: list[str]) -> float:
-    """Of the pipe that logic shares: to shift to the left the compiler multiplies, by another."""
-    each = [line.split()[0] for line in " ".join(lines).split(";") if line.strip()]
-    return sum({".reg": 0.0, "mov.b32": 0.0, "shl.b32": 0.5}.get(opcode, 1.0) for opcode in each)
+    """Of the pipe that logic shares: to shift to the left the compiler multiplies, by another.
+    A table's address, which is equal in all lanes, is added by the load itself."""
+    each = [line for line in " ".join(lines).split(";") if line.strip() and "table" not in line]
+    cheaper = {".reg": 0.0, "mov.b32": 0.0, "shl.b32": 0.5}
+    return sum(cheaper.get(line.split()[0], 1.0) for line in each)
 
 
 # --- tables in shared memory ----------------------------------------------------------------------
@@ -153,7 +160,11 @@ def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> Pair
 
     Its further inputs: lane * 4. The table is the last in the block's shared memory.
     """
-    slow = _assemble(lines, widths, **fields)
+    entry = _assemble(lines, widths).asm
+    return _assemble(_lookup(), (*widths, *widths), entry=entry, **fields)
+
+
+def _lookup() -> list[str]:
     found = [_TABLE, ".reg .b32 e0, e1, e2, e3;"]
     for word in range(2):
         source, outs = f"${8 + word}", [f"${4 * word + slot}" for slot in range(4)]
@@ -164,29 +175,30 @@ def _looked_up(lines: list[str], widths: tuple[int, ...], **fields: Any) -> Pair
         for slot, out in enumerate(outs):
             selector = "0x7632" if slot % 2 else "0x5410"
             found.append(f"prmt.b32 {out}, e{slot // 2}, e{slot // 2 + 2}, {selector};")
-    # for each of 8 bytes two permutes and a load, which itself adds what is equal in all lanes
-    return _assemble(found, (*widths, *widths), instructions=24, entry=slow.asm, **fields)
+    return found
 
 
 def _fill(entry: str, threads: int) -> str:
-    """PTX: each of 256 or 512 threads decodes a byte, by `entry`, and writes copies of the result.
-
-    Each lane begins with another copy, so that those of a warp do not meet in a bank.
+    """PTX: each of 128, 256 or 512 threads decodes a byte or two, by `entry`, and writes copies of
+    the result. Each lane begins with another copy, so that those of a warp do not meet in a bank.
     """
     outputs = ", ".join(f"o{i}" for i in range(8))
     entry = re.sub(r"\$([0-7])\b", r"o\1", entry).replace("$8", "word").replace("$9", "word")
-    lines = [
-        f"{_TABLE} .reg .b32 thread, row, word, copy, place, {outputs};",
-        "mov.b32 thread, %tid.x; and.b32 row, thread, 255; and.b32 word, row, 15;",
-        "shr.u32 copy, row, 4; shl.b32 copy, copy, 16; or.b32 word, word, copy;",
-        f"{entry} shl.b32 row, row, 8; add.u32 row, row, table;",
-        # of 512 threads, the second half writes the second half of the copies
-        "shr.u32 copy, thread, 8; shl.b32 copy, copy, 2; add.u32 copy, copy, thread;",
-    ]
-    for _ in range(256 * 8 // threads):
-        lines.append("and.b32 place, copy, 7; shl.b32 place, place, 4; add.u32 place, place, row;")
-        lines.append(f"st.shared.v4.b32 [place + {-256 * ROW_BYTES}], {{o0, o0, o0, o0}};")
-        lines.append("add.u32 copy, copy, 1;")
+    lines = [f"{_TABLE} .reg .b32 thread, row, word, copy, place, {outputs};"]
+    for first in range(0, 256, threads):
+        lines += [
+            f"mov.b32 thread, %tid.x; add.u32 row, thread, {first}; and.b32 row, row, 255;",
+            "and.b32 word, row, 15;",
+            "shr.u32 copy, row, 4; shl.b32 copy, copy, 16; or.b32 word, word, copy;",
+            f"{entry} shl.b32 row, row, 8; add.u32 row, row, table;",
+            # of 512 threads, the second half writes the second half of the copies
+            "shr.u32 copy, thread, 8; shl.b32 copy, copy, 2; add.u32 copy, copy, thread;",
+        ]
+        for _ in range(256 * 8 // max(threads, 256)):
+            lines.append("and.b32 place, copy, 7; shl.b32 place, place, 4;")
+            lines.append("add.u32 place, place, row;")
+            lines.append(f"st.shared.v4.b32 [place + {-256 * ROW_BYTES}], {{o0, o0, o0, o0}};")
+            lines.append("add.u32 copy, copy, 1;")
     return "{ " + " ".join(lines) + " mov.b32 $0, 0; }"
 
 
@@ -355,22 +367,13 @@ def _table(decoder: Table, A_dtype: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class RawDecoder:
-    """asm: reads two words per plane, and, if zero points are taken off, two registers for each
-    half of 16 rows, one for each word, each holding -one * zero point twice. It writes `registers`
-    registers of (code's value - zero point) / unit, which has a value for each half.
-    """
+class RawDecoder(Decoder):
+    """To (code's value - zero point) / unit, which has a value for each half of 16 rows. If zero
+    points are taken off, asm reads two registers for each half, one for each word, each holding
+    -one * zero point twice."""
 
-    asm: str
-    constraints: str
-    registers: int
-    instructions: float
-    unit: tuple[float, float]
+    unit: tuple[float, float] = (1.0, 1.0)
     one: float = 1.0
-
-    @property
-    def instructions_per_weight(self) -> float:
-        return self.instructions / (2 * self.registers)
 
 
 @lru_cache(maxsize=256)
@@ -382,10 +385,11 @@ def raw_operand_decoder(fmt: WeightFormat, A_dtype: str, zeros: bool) -> RawDeco
     bfloat16), to be raised by a multiply-add that takes off the offset or zero point as well.
     """
     pair, decoder, half = pair_decoder(fmt, A_dtype), fmt.decoder, A_dtype == "float16"
-    if pair is None or pair.entry:
+    if pair is None:
         return None
     if pair.shift == (0.0, 0.0) and not zeros:
-        return RawDecoder(pair.asm, pair.constraints, pair.registers, pair.instructions, pair.unit)
+        fields = (pair.asm, pair.constraints, pair.registers, pair.instructions, pair.entry)
+        return RawDecoder(*fields, pair.unit)
     if not isinstance(decoder, Affine):
         return None
     width, words = planes(fmt.bits)[0][0], 2 * len(planes(fmt.bits))
@@ -411,8 +415,8 @@ def raw_operand_decoder(fmt: WeightFormat, A_dtype: str, zeros: bool) -> RawDeco
         _constraints(registers, words + 4 * zeros),
         registers,
         _instructions(lines),
-        (1 / one, 1 / one),
-        one,
+        unit=(1 / one, 1 / one),
+        one=one,
     )
 
 
@@ -420,44 +424,36 @@ def raw_operand_decoder(fmt: WeightFormat, A_dtype: str, zeros: bool) -> RawDeco
 
 
 @dataclass(frozen=True)
-class OperandDecoder:
-    """asm: reads two words per plane, then two registers (one for each word, each holding a value
-    twice) of every extra for each half of 16 rows, in this order:
+class OperandDecoder(Decoder):
+    """To (code's value - integer zero point) * scale + addend, times 1 / unit. asm reads two
+    registers (one for each word, each holding a value twice) of every extra for each half of 16
+    rows, in this order:
 
         minus:  minus(base + integer zero point), if `based`
         scale:  if `scaled`
         addend: if `added`
 
-    and writes `registers` registers of (code's value - integer zero point) * scale + addend, times
-    1 / unit. most: the largest integer zero point, up or down, that stays exact.
+    most: the largest integer zero point, up or down, that stays exact.
     """
 
-    asm: str
-    constraints: str
-    registers: int
     base: tuple[float, float] = (0.0, 0.0)
     most: float = 0.0
     unit: float = 1.0
 
-    instructions: float = 0.0
-
-    @property
-    def instructions_per_weight(self) -> float:
-        return self.instructions / (2 * self.registers)
-
 
 @lru_cache(maxsize=256)
 def operand_decoder(
-    fmt: WeightFormat, A_dtype: str, based: bool, scaled: bool, added: bool
+    fmt: WeightFormat, A_dtype: str, based: bool, scaled: bool, added: bool, lookup: bool = False
 ) -> OperandDecoder | None:
     """The decoder of a format to a float16 or bfloat16 operand that needs no correction but `unit`;
-    None where there is none. The extras are explained in OperandDecoder."""
+    None where there is none. The extras are explained in OperandDecoder. lookup: whether tables are
+    looked up in shared memory, with fewer instructions, or permuted in registers."""
     if pair_decoder(fmt, A_dtype) is None:
         return None
     half, decoder = A_dtype == "float16", fmt.decoder
     width = planes(fmt.bits)[0][0]
     registers, words = 32 // width, 2 * len(planes(fmt.bits))
-    base, lowered, most, unit = (0.0, 0.0), (1.0, 1.0), 0.0, 1.0
+    base, lowered, most, unit, entry = (0.0, 0.0), (1.0, 1.0), 0.0, 1.0, ""
     if isinstance(decoder, Affine) and (half or fmt.bits != 8):
         place = decoder.step.bit_length() - 1  # a step of 2: codes count from bit 1 on
         # both row halves decode from one shifted word where their codes fit the mantissa
@@ -474,6 +470,8 @@ def operand_decoder(
         unit = 2.0 ** (15 - decoder.bias) if half else 1.0
     else:
         lines = _table(decoder, A_dtype)
+        if lookup:
+            entry, lines, words = _assemble(lines, (4,)).asm, _lookup(), words + 2
 
     kind = "f16x2" if half else "rn.bf16x2"
     fma = "fma.rn.f16x2" if half else "fma.rn.bf16x2"
@@ -508,10 +506,11 @@ def operand_decoder(
         _block([".reg .b32 l0, l1, n0, n1;", *lines]),
         _constraints(registers, first - registers),
         registers,
+        _instructions(lines),
+        entry,
         base,
         most,
         1.0 if scaled else unit,
-        _instructions(lines),
     )
 
 

@@ -47,6 +47,18 @@ def keep_loads_here():
 
 
 @gluon.jit
+def lane_offset():
+    """4 * lane: a scalar to the compiler, which need not know that lanes differ.
+
+    What decoders read of their table depends on it, so nothing is read before it is written.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %laneid; shl.b32 $0, t, 2; }", "=r", [], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def twice(x, DTYPE: gl.constexpr):
     """float32 -> int32 that holds it as DTYPE in both halves."""
     if DTYPE == gl.float16:
