@@ -129,7 +129,7 @@ def test_tiles_that_no_kernel_computes_are_refused(shape, wrong):
         ("uint1", 64, 16, 512, False),  # decoded 128 values of k at a time
         ("uint4", 32, 16, 256, False),
         ("uint4", -1, 16, 1024, False),
-        ("nf4", 128, 16, 1024, False),  # a table
+        ("nf4", 64, 16, 512, True),  # a table
     ],
 )
 def test_tiles_with_raw_operands(w, group, block_m, stage_k, raw):
