@@ -56,7 +56,7 @@ UNALIKE = [
     ("uint4", "float16", "rescale", 128, 16, Tile(16, 1, 4, 512, 5, 1, 132, along_k=4)),
     ("uint3", "bfloat16", "original", 128, 11, Tile(16, 1, 4, 1024, 3, 1, 33, along_k=4)),
     ("uint4", "float16", "quantized", 128, 13, Tile(16, 1, 4, 1024, 3, 1, 132, along_k=4)),
-    ("nf4", "float16", None, 64, 32, Tile(32, 1, 4, 512, 3, 1, 21, along_k=4)),
+    ("nf4", "float16", None, 64, 32, Tile(32, 1, 4, 512, 2, 1, 21, along_k=4)),
     ("int2", "bfloat16", None, -1, 64, Tile(64, 1, 4, 256, 3, 1, 132, along_k=2)),
 ]
 
