@@ -20,11 +20,14 @@ before, and of the other warpgroups.
 Tiles are done whole, in turns: WAVES of as many as there are blocks, if those that are left are
 shared. Their bodies, in the order of tiles and k, are dealt out to all blocks, EACH of them or, to
 the first REST blocks, one more, so what a block gets may be a part of a tile, or parts of two and
-whole ones between. It begins with its last segment, which may lack the
-end of a tile: that part goes to PARTS, and its flag is raised. Who has a tile's last body adds the
-parts of the blocks before it, in their order, so that equal calls give equal bits; when it comes
-to that, they have mostly been there for long. Blocks wait for none but those of lower numbers,
-which have been started before.
+whole ones between. It begins with its last segment, which may lack the end of a tile: that part
+goes to PARTS, and its flag is raised. Who has a tile's last body adds the parts of the blocks
+before it, in their order, so that equal calls give equal bits; when it comes to that, they have
+mostly been there for long. Blocks wait for none but those of lower numbers, which have been
+started before.
+
+A stage is handed back without a fence between the proxies that read and fill it: its words have
+been multiplied by then, and who waits for a product has waited for its operands.
 
 Names that recur (see also bitblas.layouts.Fragment and bitblas.kernels.decoders):
     WIDTH, EXTRA: widths of the code's planes (EXTRA: 1 for 3-bit codes, else 0).
@@ -135,9 +138,10 @@ def segment(i, work, bodies, P: gl.constexpr):
 
 
 @gluon.jit
-def owner(body, work):
-    """The block that has a body of the shared tiles."""
-    _, _, _, _, _, _, _, _, each, rest = work
+def owner(tile, bodies, work):
+    """The block that has a shared tile's first body."""
+    _, _, _, whole, _, _, _, _, each, rest = work
+    body = (tile - whole) * bodies
     more = rest * (each + 1)  # bodies of the blocks that have one more
     return gl.where(body < more, body // (each + 1), rest + (body - more) // each)
 
@@ -672,7 +676,7 @@ def finish_segment(
         more = more * P.UNIT
     if P.SHARED:
         if start > 0 and end == bodies:
-            first = owner((tile - work[3]) * bodies, work)
+            first = owner(tile, bodies, work)
             acc, more = add_parts(PARTS, FLAGS, acc, more, first, ROW, P)
         if end < bodies:
             send_part(PARTS, FLAGS, acc, more, ROW, P)
