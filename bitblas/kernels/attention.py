@@ -259,6 +259,11 @@ def tile_for(operands: Operands, arch: int, multiprocessors: int, k_len: int) ->
         tile = replace(tile, block_m=block_m, num_warps=4, num_stages=2)
         if quantised and block_m == 16:  # registers
             tile = replace(tile, block_n=32 if dim > 64 else 64)
+    if quantised and arch >= 90 and versions.takes_more_registers():
+        if dim > 128:
+            tile = replace(tile, block_n=32, num_warps=8)
+        elif "e4m3" in kinds:
+            tile = replace(tile, block_n=tile.block_n // 2, num_warps=8)
     blocks = -(-rows // tile.block_m) * kv_heads * batch
     # parts enough for two blocks on each multiprocessor, of a few steps at least
     return replace(tile, splits=_parts(2 * multiprocessors // blocks, k_len, tile.block_n))
