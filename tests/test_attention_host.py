@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import draw
+from attention_cases import draw, meta_operands
 from fake_cuda import FakeCuda, install
 
 from bitblas import attention_ops
 
 pytest.importorskip("triton")
-from bitblas.kernels import attention
+from bitblas.kernels import attention, versions
 from bitblas.kernels.compile import Source
 
 
@@ -161,3 +161,15 @@ def test_warm_up_finds_the_kernels_that_calls_start(cuda, monkeypatch, cache, la
     lengths = torch.ones(2, dtype=torch.int32)
     attention.run(given._replace(lengths=lengths), torch.empty_like(Q), False)
     assert started == found
+
+
+@pytest.mark.parametrize(
+    ("cache", "dim", "keys"), [("int8", 256, 32), ("e4m3_float8", 128, 64), ("int8", 128, 128)]
+)
+def test_tiles_for_releases_that_take_more_registers(monkeypatch, cache, dim, keys):
+    """Triton 3.8 on: plain kernels over quantised caches of wide rows and e4m3 are cut smaller."""
+    given = meta_operands(cache, 8, dim, torch.float16, layout="ntn")
+    monkeypatch.setattr(versions, "takes_more_registers", lambda: True)
+    tile = attention.tile_for(given, 90, 132, 32768)
+    assert tile.kernel == "many" and tile.block_n == keys
+    assert tile.num_warps == (4 if (cache, dim) == ("int8", 128) else 8)
