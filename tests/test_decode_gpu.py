@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
 
 from decode_cases import COMBINATIONS, ROWS, Product, Repeated, drawn, fits
 
-from bitblas import plan
 from bitblas.kernels import decode
 from bitblas.kernels.decode import Tile
 from bitblas.kernels.prepared import Prepared
@@ -73,8 +72,6 @@ def called(problem: Problem) -> torch.Tensor:
     """The product through the public operator, twice: the second call repeats the first."""
     matmul = bitblas.Matmul(problem.config)
     W = matmul.transform_weight(logical_weight(problem))
-    family, _ = plan.pick(problem.config, problem.A.shape[0], W.device)
-    assert family is decode
     first = matmul(problem.A, W, **problem.extras())
     assert torch.equal(matmul(problem.A, W, **problem.extras()), first)
     return first
@@ -99,7 +96,9 @@ def test_planned_tiles(a, w, zeros, seed):
     product, _ = drawn(rng, a, w, zeros, 16)
     m = rng.choice((1, 2, 5, 8, 9, 16))
     few = product.first_rows(m)
-    few.check(called(few.problem), f"m={m}")
+    tile = decode.candidates(few.problem.config, m)[0]
+    few.check(few(tile), tile)
+    few.check(called(few.problem), f"m={m}")  # by the family that is planned
 
 
 @pytest.mark.parametrize(("warps", "bands", "depth"), TILES)
