@@ -293,18 +293,17 @@ def most_local_bytes(family: str, kernel: str = "") -> int:
     """Of stack and spilled registers. Large-m tiles of the portable family can fill all registers:
     up to 80 bytes then pass through memory, in a dozen of some thousand instructions. Decode tiles
     are chosen so that they fit; a few miss it by 2 to 20 words. In the batch families the warps
-    that prepare scales keep what does not change in memory: up to 112 bytes, more with Triton 3.7
-    and 3.8. Of attention, 64 rows of int8 and dim 256 of 16 bits spill, more from 3.8 on,
-    and attend_rows with three blocks on a multiprocessor."""
+    that prepare scales keep what does not change in memory: up to 112 bytes. Of attention, 64 rows
+    of int8 and dim 256 of 16 bits spill, more from 3.8 on, and attend_rows with three blocks on a
+    multiprocessor."""
     import triton
 
     release = triton.__version__.rpartition(".")[0]
-    batch = 192 if release in ("3.7", "3.8") else 128
     attention = 96 if release in ("3.6", "3.7") else 160
     if kernel == "attend_rows":
         attention = 160
     most = {
-        "portable": 96, "decode": 80, "batch": batch, "batch8": 144, "attention": attention,
+        "portable": 96, "decode": 80, "batch": 128, "batch8": 144, "attention": attention,
     }  # fmt: skip
     return most.get(family, 0)
 
