@@ -139,11 +139,12 @@ def _decoder(config: MatmulConfig, tile: Tile) -> OperandDecoder:
 def raw_decoder(config: MatmulConfig, tile: Tile) -> RawDecoder | None:
     """The decoder of a tile whose operands are raw: without the scales, which the sums of each
     group are multiplied by instead; None for other tiles. For few rows of A that is less work."""
+    if tile.block_m > _FEW_ROWS or tile.along_k != 4:
+        return None
     zeros = config.zeros_mode if config.with_zeros else None
     # a group is at least what is decoded at a time; of many in a stage, the registers are too few
     least = 128 if planes(config.bits)[0][0] == 1 else 64
-    fits = max(least, tile.stage_k // 8) <= group_of(config)
-    if tile.block_m > _FEW_ROWS or tile.along_k != 4 or zeros == "rescale" or not fits:
+    if zeros == "rescale" or max(least, tile.stage_k // 8) > group_of(config):
         return None
     return raw_operand_decoder(config.format, config.A_dtype, zeros is not None)
 
@@ -174,6 +175,7 @@ def _blocks(config: MatmulConfig, m: int, tile: Tile) -> int:
     return min(tile.blocks, tiles_n * tiles_m * each)
 
 
+@lru_cache(maxsize=4096)
 def parts(shared: int, bodies: int, blocks: int) -> int:
     """The most parts that a shared tile is in."""
     each, rest = divmod(shared * bodies, blocks)
@@ -196,7 +198,14 @@ def shared_bytes(config: MatmulConfig, tile: Tile) -> int:
     if group:
         stage += 4 * kinds * max(1, tile.stage_k // group) * tile.rows
     out = tile.block_m * tile.rows * (config.torch_out_dtype.itemsize + 4 * sums)
-    return tile.stages * (stage + 16) + out + 1024 + (raw or _decoder(config, tile)).table_bytes
+    return tile.stages * (stage + 16) + out + 1024 + _table_bytes(config, tile)
+
+
+def _table_bytes(config: MatmulConfig, tile: Tile) -> int:
+    """Of shared memory, for a table that codes are looked up in."""
+    if tile.block_m > _MOST_ROWS_OF_LOOKUPS:
+        return 0
+    return (raw_decoder(config, tile) or _decoder(config, tile)).table_bytes
 
 
 def stands_for(measured: int, m: int) -> bool:
@@ -294,16 +303,17 @@ def _fitting(
             return None  # decode is faster: nvfp4, 8192 x 8192, m = 16, H200: 16.6 us, here 20.9
     stage_k = max(stage_k, least)
     while stage_k >= least:
-        for stages in range(16, 2 if stage_k > least else 1, -1):
-            unroll = max(1, body_k // stage_k) if along_k == 1 else 1
-            if stages > 3 * unroll and stages % unroll:
-                continue  # a long ring is one of whole bodies: see Constants.EVERY
-            shape = (block_m, 1, consumers, stage_k, stages, unroll, blocks)
-            tile = Tile(*shape, per_sm=per_sm, along_k=along_k)
-            if block_m < _FEW_ROWS and raw_decoder(config, tile) is None:
-                return None
-            if shared_bytes(config, tile) <= SHARED_BYTES // per_sm:
-                return tile
+        unroll = max(1, body_k // stage_k) if along_k == 1 else 1
+        shape = (block_m, 1, consumers, stage_k, 1, unroll, blocks)
+        tile = Tile(*shape, per_sm=per_sm, along_k=along_k)
+        if block_m < _FEW_ROWS and raw_decoder(config, tile) is None:
+            return None
+        first = shared_bytes(config, tile)
+        another = shared_bytes(config, replace(tile, stages=2)) - first
+        most = min(16, 1 + (SHARED_BYTES // per_sm - first) // another)
+        for stages in range(most, 2 if stage_k > least else 1, -1):
+            if stages <= 3 * unroll or stages % unroll == 0:
+                return replace(tile, stages=stages)  # a long ring has whole bodies: Constants.EVERY
         stage_k //= 2
     return None
 
@@ -428,7 +438,7 @@ def launches(
     options: dict[str, Any] = {"maxnreg": _registers_of_thread(config, tile)}
     if PROGRAMMATIC_LAUNCH:
         options["launch_pdl"] = True
-    table = (raw_decoder(config, tile) or _decoder(config, tile)).table_bytes
+    table = _table_bytes(config, tile)
     return [
         Launch(batch_kernels.batch_kernel, (blocks,), arguments, constants, 4, 1, options, table)
     ]
