@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitblas.formats import FORMATS, Affine, Table
+from bitblas.formats import FORMATS, Table
 from bitblas.kernels.decoders import (
     Decoder,
     PairDecoder,
@@ -316,15 +316,14 @@ def test_operands_are_scaled_weights(name, dtype, lookup, based, scaled, added, 
     assert same(found, values.to(DTYPES[dtype]).double())
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize(("name", "dtype"), DECODERS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "zeros"),
+    [(*pair, False) for pair in DECODERS] + [(*pair, True) for pair in INTEGERS],
+)
 def test_raw_operands_are_weights_without_the_scale(name, dtype, zeros, seed):
     """With a zero point of any value, (code - zero point) rounded once."""
     fmt = FORMATS[name]
     decoder = raw_operand_decoder(fmt, dtype, zeros)
-    if decoder is None:
-        assert not isinstance(fmt.decoder, Affine)
-        return
     codes = every_code_everywhere(fmt.bits, seed)
     words = pairs_of_words(codes, fmt.bits)
     inputs = words | lanes(decoder, words)
@@ -332,7 +331,7 @@ def test_raw_operands_are_weights_without_the_scale(name, dtype, zeros, seed):
     zero = by_row_half((2.25, 1.0)).to(DTYPES[dtype]).double() * zeros
     for r3 in range(2 * zeros):
         like = words[f"${decoder.registers}"]
-        both = _pairs((-zero[r3] * decoder.one).expand(*like.shape, 2), DTYPES[dtype])
+        both = _pairs((-zero[r3] / decoder.unit[r3]).expand(*like.shape, 2), DTYPES[dtype])
         inputs |= {f"${first}": both, f"${first + 1}": both}
         first += 2
     assert decoder.constraints == ",".join(["=&r"] * decoder.registers + ["r"] * len(inputs))

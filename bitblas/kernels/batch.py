@@ -336,7 +336,7 @@ class _Costs:
 
 # fits to measurements on an H200 (h200_batch_tiles.csv in benchmarks/results): of tiles whose
 # consumers have rows of W each (509, 8 % off), of those that divide k (279, 7 %), and of those with
-# raw operands (186, 8 %)
+# raw operands (186, 8 %); those of nf4 with codes looked up came later
 _COSTS = {
     "rows": _Costs(0.999, 0.95, 2.15, 1.68, 2.65, 2.11, 1.38),
     "k": _Costs(0.594, 0.0, 2.36, 2.58, 3.49, 1.91, 1.51),
@@ -466,7 +466,6 @@ class Constants(ConstantsBase):
     ADDED: bool
     RAW: bool
     UNITS: tuple[float, float]
-    ONE: float
     GROUP: int
     ALIGNED: bool
     BYTES: int
@@ -585,7 +584,6 @@ def _constants(config: MatmulConfig, tile: Tile, in_parts: bool, one_m: bool) ->
         ADDED=extras.added and raw is None,
         RAW=raw is not None,
         UNITS=raw.unit if raw is not None else (1.0, 1.0),
-        ONE=raw.one if raw is not None else 1.0,
         GROUP=group,
         ALIGNED=False,
         BYTES=2 if config.format.scale_encoding is None else 1,

@@ -17,7 +17,7 @@ def raw_extras(scale, zero, DTYPE: gl.constexpr, P: gl.constexpr, L: gl.constexp
     multiplied by: (minus, factor), 32 bits each, shaped as what load_extras returns."""
     minus = scale.to(gl.int32)
     if P.MINUS:
-        minus = twice(zero.to(gl.float32) * -P.ONE, DTYPE)
+        minus = twice(zero.to(gl.float32) * (-1.0 / P.UNITS[0]), DTYPE)
     r3 = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
     r3 = r3.expand_dims(0).expand_dims(1).expand_dims(3)
     factor = gl.where(r3 == 0, P.UNITS[0], P.UNITS[1]) + gl.zeros(scale.shape, gl.float32, L)

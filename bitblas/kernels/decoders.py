@@ -370,10 +370,9 @@ def _table(decoder: Table, A_dtype: str) -> list[str]:
 class RawDecoder(Decoder):
     """To (code's value - zero point) / unit, which has a value for each half of 16 rows. If zero
     points are taken off, asm reads two registers for each half, one for each word, each holding
-    -one * zero point twice."""
+    -zero point / unit twice."""
 
     unit: tuple[float, float] = (1.0, 1.0)
-    one: float = 1.0
 
 
 @lru_cache(maxsize=256)
@@ -396,10 +395,10 @@ def raw_operand_decoder(fmt: WeightFormat, A_dtype: str, zeros: bool) -> RawDeco
     registers = 2 * 16 // width
     lifts = _lifts(fmt.bits, 10 if half else 8)
     lines = _codes(decoder, fmt.bits, 0, lifts)
-    one = 2.0 ** (lifts[0] - (9 if half else 6)) / decoder.step
+    unit = decoder.step * 2.0 ** ((9 if half else 6) - lifts[0])
     raised = [2.0 ** ((15 if half else 127) + lifts[0] - lift) for lift in lifts]
     fma, add = ("fma.rn.f16x2", "add.f16x2") if half else ("fma.rn.bf16x2", "add.rn.bf16x2")
-    lines.append(f".reg .b32 m0, m1; mov.b32 c0, {_pattern(decoder.offset * one, A_dtype)};")
+    lines.append(f".reg .b32 m0, m1; mov.b32 c0, {_pattern(decoder.offset / unit, A_dtype)};")
     lines += [f"mov.b32 m{r3}, {_pattern(raised[r3], A_dtype)};" for r3 in range(2)]
     for out, word, slot in _slots(width):
         r3 = slot % 2
@@ -415,8 +414,7 @@ def raw_operand_decoder(fmt: WeightFormat, A_dtype: str, zeros: bool) -> RawDeco
         _constraints(registers, words + 4 * zeros),
         registers,
         _instructions(lines),
-        unit=(1 / one, 1 / one),
-        one=one,
+        unit=(unit, unit),
     )
 
 
