@@ -363,12 +363,17 @@ def load_words(W, barrier, w_smem, buffer, tile_n, stage, P: gl.constexpr):
     tma_load(W, where, barrier, w_smem.index(buffer))
 
 
+@gluon.constexpr_function
+def stage_bytes(A, W, P):
+    return W.block_type.nbytes + P.STEPS * A.block_type.nbytes
+
+
 @gluon.jit
 def produce(operands, P: gl.constexpr):
-    """Fills the ring with A and the packed words. Words of the first stages are on their way before
-    what precedes this kernel is complete, A only after it."""
+    """Fills the ring with A and the packed words. Words of the first stages are on their way since
+    before what precedes this kernel was complete, A only after it."""
     A, TAIL, FILL, W, a_smem, w_smem, ready, empty, M, tiles_n, tiles_m, bodies = operands
-    BYTES: gl.constexpr = W.block_type.nbytes + P.STEPS * A.block_type.nbytes
+    BYTES: gl.constexpr = stage_bytes(A, W, P)
     stages = bodies * P.UNROLL
     first = gl.program_id(0)
     tile_n, tile_m = place(first, tiles_n, tiles_m, P)
@@ -657,7 +662,7 @@ def batch8_kernel(
     tiles_n = (N + P.CONSUMERS * ROWS - 1) // (P.CONSUMERS * ROWS)
     tile_n, _ = place(gl.program_id(0), tiles_n, tiles_m, P)
     for i in range(gl.minimum(bodies * P.UNROLL, STAGES)):
-        mbarrier.expect(ready.index(i), W.block_type.nbytes + P.STEPS * A.block_type.nbytes)
+        mbarrier.expect(ready.index(i), stage_bytes(A, W, P))
         load_words(W, ready.index(i), w_smem, i, tile_n, i, P)
     let_next_kernel_start()
     consuming = (
